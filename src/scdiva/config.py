@@ -1,0 +1,402 @@
+"""Configuration of a run: frozen models, read from and written to TOML.
+
+A configuration file names only what differs from the defaults; unknown keys, wrong types and impossible values raise a
+:class:`~scdiva.errors.ConfigError` that names the key. Nothing here imports torch.
+
+Build configurations with :func:`load_config`, :func:`parse_config` or :func:`apply_overrides`; these report errors as
+``ConfigError``. Calling the classes from Python raises pydantic's ``ValidationError`` instead.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tempfile
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from scdiva.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+# TOML has no null: the empty string stands for "none" in a file.
+OptionalName = Annotated[str | None, BeforeValidator(lambda value: None if value == "" else value)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+OpenFraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NaturalInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NaturalFloat = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """Base of all configuration sections: frozen, strictly typed, without room for unknown keys."""
+
+    model_config = ConfigDict(
+        strict=True,
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class FileConfig(Section):
+    """One file of the training corpus."""
+
+    path: str
+    """Path of the file, absolute or relative to ``data.root``."""
+    layer: OptionalName = None
+    """Layer that holds the raw counts; empty: find it."""
+    batch_key: OptionalName = "batch"
+    """Column of ``.obs`` with the experimental batch; empty: the file is one batch."""
+    exclude_batches: tuple[str, ...] = ()
+    """Experimental batches that are left out, for example because they are kept for testing."""
+
+
+class DataConfig(Section):
+    """Which cells are trained on, and how they are read."""
+
+    root: str = "."
+    """Folder that relative paths start from."""
+    files: tuple[FileConfig, ...] = ()
+    """The files of the corpus."""
+    min_coverage: Fraction = 0.5
+    """Smallest share of a file's UMIs that the vocabulary must cover."""
+    heldout_fraction: OpenFraction = 0.05
+    """Share of the cells that are never trained on and judge the run."""
+    block_size: PositiveInt = 16
+    """Neighbouring cells that are read together; larger is faster on disk and shuffles less."""
+    fetch_factor: PositiveInt = 16
+    """Minibatches that are read at once and shuffled together."""
+    num_workers: NaturalInt = 0
+    """Processes that read and prepare minibatches; 0: the training process does it."""
+    min_cells_per_gene: PositiveInt = 3
+    """Genes detected in fewer cells of the corpus are left out of the bundle's vocabulary."""
+
+
+class OptimConfig(Section):
+    """AdamW, its learning rate over time, clipping, and the average of the weights."""
+
+    lr: PositiveFloat = 3e-4
+    """Highest learning rate."""
+    betas: tuple[OpenFraction, OpenFraction] = (0.9, 0.99)
+    """Decay of AdamW's first and second moment."""
+    weight_decay: NaturalFloat = 0.01
+    """Decoupled weight decay; not applied to norms, biases and embeddings."""
+    warmup_steps: NaturalInt = 100
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Shape after the warm-up; the cosine ends at ``training.max_steps``."""
+    final_lr_ratio: Fraction = 0.05
+    """Learning rate at the end of the cosine, as a share of ``lr``."""
+    clip_norm: NaturalFloat = 1.0
+    """Largest norm of the gradient; 0: no clipping."""
+    ema_decay: OpenFraction = 0.999
+    """Decay of the exponential moving average of the weights; 0: no average."""
+
+
+class TrainingConfig(Section):
+    """How long, on what, and what is kept."""
+
+    max_steps: PositiveInt = 10_000
+    """Optimiser steps of the whole run."""
+    batch_size: PositiveInt = 128
+    """Cells per minibatch and process."""
+    validate_every: PositiveInt = 200
+    """Steps between two evaluations on the held-out cells."""
+    n_validation_cells: PositiveInt = 4096
+    """Largest number of held-out cells that are evaluated."""
+    patience: NaturalInt = 0
+    """Evaluations without improvement after which the run stops; 0: never."""
+    checkpoint_every: PositiveInt = 500
+    """Steps between two checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic of the network; auto: bf16 where the hardware has it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto: a GPU if there is one."""
+    n_devices: PositiveInt = 1
+    """Devices (processes) per machine."""
+    log_every: PositiveInt = 10
+    """Steps between two rows of the log."""
+    max_minutes: NaturalFloat = 0.0
+    """Minutes of the whole run, over all calls; 0: no limit."""
+
+
+class LoopConfig(Section):
+    """What the training loop needs to know, whatever it trains."""
+
+    seed: NaturalInt = 0
+    """Seed of everything random."""
+    data: DataConfig = DataConfig()
+    """Section ``[data]``."""
+    optim: OptimConfig = OptimConfig()
+    """Section ``[optim]``."""
+    training: TrainingConfig = TrainingConfig()
+    """Section ``[training]``."""
+
+
+def load_config(path: str | Path, model: type[ConfigT] | None = None) -> ConfigT:
+    """Read a configuration file.
+
+    Parameters
+    ----------
+    path
+        A TOML file.
+    model
+        Class of the configuration; :class:`RunConfig` when left out.
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be read, is not TOML, or holds unknown keys, wrong types or impossible values.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read the configuration {path}: {getattr(error, 'strerror', None) or error}",
+            expected="a readable TOML file",
+            fix="check the path; the folder configs/ of the repository holds examples",
+        ) from error
+    return parse_config(text, model, source=str(path))
+
+
+def parse_config(text: str, model: type[ConfigT] | None = None, *, source: str = "the configuration") -> ConfigT:
+    """Turn TOML text into a configuration; see :func:`load_config`."""
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(
+            f"{source} is not TOML: {error}",
+            expected='lines such as lr = 3e-4 under a section such as [optim]; text in "quotes"',
+            fix="correct that line",
+        ) from error
+    return _validate(values, model or RunConfig, source)  # type: ignore[return-value,type-var]
+
+
+def dump_config(config: BaseModel) -> str:
+    """Write a configuration as TOML text, all keys included."""
+    return tomli_w.dumps(_without_none(config.model_dump(mode="json")), multiline_strings=False)
+
+
+def save_config(config: BaseModel, path: str | Path) -> None:
+    """Write a configuration to a TOML file, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(dump_config(config), encoding="utf-8")
+
+
+def apply_overrides(config: ConfigT, overrides: Sequence[str]) -> ConfigT:
+    """Return the configuration with some values replaced.
+
+    Parameters
+    ----------
+    config
+        Any configuration.
+    overrides
+        Entries such as ``"optim.lr=3e-4"``: a dotted key and a TOML value; what is not a TOML value is taken as text.
+        Items of lists are named by number (``data.files.0.layer=counts``).
+
+    Raises
+    ------
+    ConfigError
+        An entry without ``=``, an unknown key, a wrong type or an impossible value.
+    """
+    values = _without_none(config.model_dump(mode="json"))
+    for entry in overrides:
+        key, separator, text = entry.partition("=")
+        parts = [part.strip() for part in key.split(".")]
+        if not separator or not all(parts):
+            raise ConfigError(
+                f"cannot understand the setting {entry!r}", expected="KEY=VALUE", fix="for example optim.lr=3e-4"
+            )
+        target: Any = values
+        for part in parts[:-1]:
+            target = _child(target, part, key)
+        if isinstance(target, list):
+            _child(target, parts[-1], key)
+            target[int(parts[-1])] = _parse_value(text)
+        elif isinstance(target, dict):
+            target[parts[-1]] = _parse_value(text)
+        else:
+            raise _no_such_key(key, ())
+    return _validate(values, type(config), "the settings")
+
+
+def changed_keys(old: BaseModel, new: BaseModel) -> list[str]:
+    """Return the dotted keys in which two configurations differ."""
+    old_values, new_values = dict(_flatten(old.model_dump(mode="json"))), dict(_flatten(new.model_dump(mode="json")))
+    return sorted(
+        key
+        for key in old_values.keys() | new_values.keys()
+        if old_values.get(key, "absent") != new_values.get(key, "absent")
+    )
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; put it in place when the block ends without an error.
+
+    Readers see the old file or the whole new one, also after a crash or power failure: the file is flushed to disk
+    before the rename, and the folder after it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".tmp-{path.name}-", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes private files; give back the permissions a plain open() would have given.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _validate(values: Mapping[str, Any], model: type[ConfigT], source: str) -> ConfigT:
+    try:
+        # Through JSON, because pydantic's strict mode takes a list for a tuple only there.
+        return model.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        # An unknown key explains other errors, and is the easiest to correct.
+        first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+        key = ".".join(str(part) for part in first["loc"])
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        if first["type"] == "extra_forbidden":
+            known = _keys_at(model, first["loc"][:-1])
+            raise _no_such_key(key, known, f" in {source}{more}") from error
+        found = "nothing" if first["type"] == "missing" else json.dumps(first["input"], default=str)
+        raise ConfigError(
+            f"{key or 'the configuration'} = {found} in {source}{more}",
+            expected=first["msg"][0].lower() + first["msg"][1:],
+            fix=f"correct {key or 'it'}",
+        ) from error
+
+
+def _no_such_key(key: str, known: Sequence[str], where: str = "") -> ConfigError:
+    close = difflib.get_close_matches(key.rpartition(".")[2], known, n=1)
+    prefix = key.rpartition(".")[0]
+    return ConfigError(
+        f"unknown key {key}{where}",
+        expected="one of " + ", ".join(known) if known else "a key of the configuration",
+        fix=f"did you mean {prefix + '.' if prefix else ''}{close[0]}?" if close else "remove it or correct its name",
+    )
+
+
+def _keys_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    """Return the keys of the section at a location of pydantic's error report."""
+    section: Any = model
+    for part in location:
+        if isinstance(part, int):
+            continue
+        section = section.model_fields[part].annotation
+        # tuple[FileConfig, ...]: the items are the section.
+        section = next((a for a in getattr(section, "__args__", ()) if isinstance(a, type)), section)
+    return list(section.model_fields)
+
+
+def _child(target: Any, part: str, key: str) -> Any:
+    if isinstance(target, list):
+        if not part.isdigit() or int(part) >= len(target):
+            raise ConfigError(
+                f"unknown key {key}: {part} is not an item of a list of {len(target)}",
+                expected=f"a number from 0 to {len(target) - 1}" if target else "a list with items",
+                fix="correct the number, or set the whole list",
+            )
+        return target[int(part)]
+    if not isinstance(target, dict) or part not in target:
+        raise _no_such_key(key, list(target) if isinstance(target, dict) else ())
+    return target[part]
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        values = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text.strip()
+    # A line break in the text could smuggle in further keys: then it is text.
+    return values["value"] if len(values) == 1 else text
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    return "" if value is None else value
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flatten(item, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, value
+
+
+class AnchorConfig(Section):
+    """The anchor and the profile decoder."""
+
+    n_latent: PositiveInt = 128
+    """Z, dimensions of the embedding z."""
+    n_embedding: PositiveInt = 128
+    """D, dimensions of the gene embeddings."""
+    n_hidden: PositiveInt = 512
+    """Width of the hidden layers."""
+    init: Literal["svd", "random"] = "svd"
+    """Start of the gene embeddings: truncated SVD of the corpus, or noise."""
+    embedding_std: NaturalFloat = 0.01
+    """Standard deviation of the noise in the dimensions that the SVD does not fill."""
+
+
+class AnchorObjectiveConfig(Section):
+    """The loss of the anchor: one part of a cell's counts predicts the other."""
+
+    rho_min: OpenFraction = 0.05
+    """Smallest share of the counts that the encoder sees."""
+    rho_max: OpenFraction = 0.95
+    """Largest share of the counts that the encoder sees."""
+    kl_weight: NaturalFloat = 0.0
+    """Weight of the KL divergence of z from a standard normal."""
+    latent_noise: NaturalFloat = 0.0
+    """Standard deviation of the noise on z in training."""
+
+    @model_validator(mode="after")
+    def _check_range(self) -> AnchorObjectiveConfig:
+        if self.rho_min > self.rho_max:
+            raise ValueError(f"rho_min ({self.rho_min}) must not be above rho_max ({self.rho_max})")
+        return self
+
+
+class RunConfig(LoopConfig):
+    """A whole pretraining run."""
+
+    preset: str = ""
+    """Name of the preset the run started from; written into the bundle."""
+    model: AnchorConfig = AnchorConfig()
+    """Section ``[model]``."""
+    objective: AnchorObjectiveConfig = AnchorObjectiveConfig()
+    """Section ``[objective]``."""

@@ -1,0 +1,83 @@
+"""The model card: what a bundle is and is not, generated from what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from scdiva.genes import GeneVocabulary
+
+
+def model_card(config: Mapping[str, Any], vocabulary: GeneVocabulary, n_parameters: int) -> str:
+    """Write the card of a bundle.
+
+    Parameters
+    ----------
+    config
+        Content of ``config.json``.
+    vocabulary
+        The bundle's genes.
+    n_parameters
+        Number of weights.
+
+    Returns
+    -------
+    str
+        Markdown, with the YAML head that the Hugging Face Hub reads.
+    """
+    training = config.get("training", {})
+    metrics = config.get("metrics", {})
+    name = config.get("name") or "unnamed scDiVa model"
+    complete = GeneVocabulary.default()
+    trimmed = "" if vocabulary == complete else f" of {complete.n_genes:,}: the genes seen in its training corpus"
+    lines = [
+        "---",
+        "library_name: scdiva",
+        f"license: {config.get('license') or 'unknown'}",
+        "tags: [single-cell, scRNA-seq, biology]",
+        "---",
+        f"# {name}",
+        "",
+        f"{n_parameters:,} parameters; embedding of {config['model']['n_latent']} dimensions; "
+        f"{vocabulary.n_genes:,} genes{trimmed}.",
+        f"Trained parts: {', '.join(config.get('trained_heads', [])) or 'none'}. Other heads do not exist in this bundle.",
+        "",
+    ]
+    if config.get("description"):
+        lines += [str(config["description"]), ""]
+    if training:
+        lines += [
+            "## Training",
+            "",
+            f"{training['n_cells']:,} cells for training, {training['n_heldout']:,} held out "
+            f"({training['heldout']}); {training['n_cells_seen']:,} cell passes in {training['n_steps']:,} steps; "
+            f"kept: step {training['best_step']:,}; seed {training['seed']}.",
+            "",
+            "| source | cells | genes matched | share of UMIs covered | licence |",
+            "|---|---:|---:|---:|---|",
+        ]
+        lines += [
+            f"| {s['name']} | {s['n_cells']:,} | {s['n_genes']:,} | {s['coverage']:.1%} | {s['licence'] or 'not stated'} |"
+            for s in training["sources"]
+        ]
+        if training.get("base_model"):
+            lines += ["", f"Started from {training['base_model']}."]
+        lines.append("")
+    if metrics:
+        lines += ["## Measured on the held-out cells", "", "| metric | value |", "|---|---:|"]
+        lines += [f"| {key} | {value:.4f} |" for key, value in metrics.items()]
+        lines.append("")
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "import scdiva as sd",
+        f'model = sd.ScDiVa.from_pretrained("{config.get("name") or "PATH"}")',
+        'sd.tl.embed(adata, model)  # raw counts in; .obsm["X_scdiva"] out',
+        "```",
+        "",
+        "Human raw counts only. Embeddings of tissues and technologies that are far from the training corpus should be",
+        "compared with a plain PCA of your own data before they are believed.",
+        "",
+    ]
+    return "\n".join(lines)

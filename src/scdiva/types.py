@@ -1,0 +1,125 @@
+"""The dataclasses and protocols that several stages share.
+
+Nothing here imports torch when it runs: ``import scdiva`` and ``scdiva --help`` stay light. Dataclasses are frozen and
+slotted; they are validated where they are built and trusted afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class CellCounts:
+    """Raw counts of some cells, in vocabulary order.
+
+    Parameters
+    ----------
+    counts
+        CSR ``(n_cells, n_genes)``, int32 raw counts, sorted indices, no explicit zeros; column g is vocabulary gene g.
+    library_size
+        ``(n_cells,)`` float64: the cell's total over *all* genes of its file, before alignment. CP10K and depth use
+        it, so that genes outside the vocabulary still count towards the depth.
+    cell_index
+        ``(n_cells,)`` int64: the position of each cell in the source or corpus it was read from.
+    source_of_cell
+        ``(n_cells,)`` int32: which row of ``is_measured`` belongs to the cell.
+    is_measured
+        ``(n_sources, n_genes)`` bool: the genes that each source file has a column for. An unmeasured gene is
+        unknown, not zero.
+    """
+
+    counts: sp.csr_matrix
+    library_size: NDArray[np.float64]
+    cell_index: NDArray[np.int64]
+    source_of_cell: NDArray[np.int32]
+    is_measured: NDArray[np.bool_]
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return int(self.counts.shape[0])
+
+    @property
+    def n_genes(self) -> int:
+        """Number of vocabulary genes (specials not counted)."""
+        return int(self.counts.shape[1])
+
+    def take(self, rows: NDArray[np.integer]) -> CellCounts:
+        """Return the given rows, in the given order."""
+        return CellCounts(
+            counts=self.counts[rows],
+            library_size=self.library_size[rows],
+            cell_index=self.cell_index[rows],
+            source_of_cell=self.source_of_cell[rows],
+            is_measured=self.is_measured,
+        )
+
+
+@runtime_checkable
+class CellCollection(Protocol):
+    """Cells that can be read by position: one source, or a corpus of several."""
+
+    def __len__(self) -> int:
+        """Return the number of cells."""
+        ...
+
+    def read(self, indices: NDArray[np.integer]) -> CellCounts:
+        """Read the given cells, in the given order."""
+        ...
+
+    def describe(self, indices: Sequence[int]) -> str:
+        """Name the given cells for a human: file and row or barcode."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """What an objective returns for one minibatch.
+
+    Parameters
+    ----------
+    loss
+        Scalar tensor with gradient.
+    terms
+        Named, detached scalar tensors; the loop logs them and averages them over cells.
+    n_cells
+        Number of cells that the means run over.
+    """
+
+    loss: torch.Tensor
+    terms: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    n_cells: int = 1
+
+
+class Inputs(Protocol):
+    """What ``Objective.prepare`` makes: tensors of one minibatch."""
+
+    def to(self, device: torch.device) -> Inputs:
+        """Return the same inputs on another device."""
+        ...
+
+
+class Objective(Protocol):
+    """A loss with the model it trains: all that the training loop sees.
+
+    An objective is a ``torch.nn.Module`` whose parameters are the ones to train. ``prepare`` runs on the CPU, in the
+    loader's workers; calling the objective runs on the training device. Randomness is always passed in.
+    """
+
+    def prepare(self, cells: CellCounts, rng: np.random.Generator) -> Any:
+        """Turn raw counts into the tensors of one minibatch."""
+        ...
+
+    def __call__(self, inputs: Any, generator: torch.Generator) -> LossOutput:
+        """Compute the loss of one minibatch."""
+        ...
