@@ -117,7 +117,12 @@ def build(ref: Path, out: Path) -> None:
         ),
     )
 
-    human_of_mouse_symbol = dict(zip(orthologs["ms"], orthologs["h"], strict=True))
+    successor = dict(zip(moves["ensembl_id"], moves["current_id"], strict=True))
+    human_of_mouse_symbol = {
+        symbol: current
+        for symbol, human_id in zip(orthologs["ms"], orthologs["h"], strict=True)
+        if (current := human_id if human_id in symbol_of_id else successor.get(human_id)) is not None
+    }
     named = mouse.loc[mouse["biotype"].isin(MOUSE_BIOTYPES), "symbol"]
     symbols = {s for s in named if s and not MOUSE_SYSTEMATIC.match(s)} | {s for s in human_of_mouse_symbol if s}
     write(

@@ -43,15 +43,26 @@ def coverage(path: Path, vocabulary: GeneVocabulary) -> tuple[GeneAlignment, np.
 def table(folder: Path, n_misses: int = 0) -> list[str]:
     """Return the lines of the table."""
     vocabulary = GeneVocabulary.default()
-    lines = [
-        "| file | genes | by id | by symbol | alias | moved | history | ambiguous | outside | missing | merged | UMI share |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    keys = "n_source by_id by_symbol by_alias moved by_history ambiguous outside missing n_merged".split()
+    column_of_key = {
+        "n_source": "genes",
+        "by_id": "by id",
+        "by_symbol": "by symbol",
+        "by_alias": "alias",
+        "moved": "moved",
+        "by_history": "history",
+        "ambiguous": "ambiguous",
+        "outside": "outside",
+        "missing": "missing",
+        "n_merged": "merged",
+    }
+    lines = [f"| file | {' | '.join(column_of_key.values())} | UMI share |", "|---" + "|--:" * 11 + "|"]
     for path in sorted(folder.glob("*.h5ad")):
         alignment, totals, species = coverage(path, vocabulary)
         counts = alignment.counts()
-        cells = [path.stem + ("" if species == "human" else f" ({species})"), *(f"{counts[key]:,}" for key in keys)]
+        cells = [
+            path.stem + ("" if species == "human" else f" ({species})"),
+            *(f"{counts[key]:,}" for key in column_of_key),
+        ]
         lines.append(f"| {' | '.join(cells)} | {alignment.umi_share(totals):.4f} |")
         unused = np.flatnonzero(alignment.gene_of_source < 0)
         for column in unused[np.argsort(-totals[unused], kind="stable")][:n_misses].tolist():

@@ -57,10 +57,12 @@ class FileConfig(Section):
     """Path of the file, absolute or relative to ``data.root``."""
     layer: OptionalName = None
     """Layer that holds the raw counts; empty: find it."""
-    batch_key: OptionalName = "batch"
-    """Column of ``.obs`` with the experimental batch; empty: the file is one batch."""
+    batch_key: OptionalName = None
+    """Column of ``.obs`` with the experimental batch (donor, lane); empty: the file is one batch."""
     exclude_batches: tuple[str, ...] = ()
     """Experimental batches that are left out, for example because they are kept for testing."""
+    licence: str = ""
+    """Where the data come from and under which licence; goes to the model card."""
 
 
 class DataConfig(Section):
@@ -184,7 +186,7 @@ def parse_config(text: str, model: type[ConfigT] | None = None, *, source: str =
             expected='lines such as lr = 3e-4 under a section such as [optim]; text in "quotes"',
             fix="correct that line",
         ) from error
-    return _validate(values, model or RunConfig, source)  # type: ignore[return-value,type-var]
+    return _validate(values, model or RunConfig, source)  # type: ignore[return-value]
 
 
 def dump_config(config: BaseModel) -> str:
@@ -394,8 +396,12 @@ class AnchorObjectiveConfig(Section):
 class RunConfig(LoopConfig):
     """A whole pretraining run."""
 
-    preset: str = ""
-    """Name of the preset the run started from; written into the bundle."""
+    name: str = ""
+    """Name of the model; written into the bundle."""
+    description: str = ""
+    """What the model is and is not; goes to the model card."""
+    licence: str = ""
+    """Licence of the weights (an SPDX name such as apache-2.0)."""
     model: AnchorConfig = AnchorConfig()
     """Section ``[model]``."""
     objective: AnchorObjectiveConfig = AnchorObjectiveConfig()

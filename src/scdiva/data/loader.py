@@ -270,8 +270,10 @@ class _WholeMinibatches(BlockShuffling):
         return super().get_indices(data_collection, seed=seed, rng=rng)[: self._n_cells]
 
 
-@dataclass(frozen=True, slots=True)
-class _StreamFields:
+@dataclass(frozen=True, eq=False)
+class _Stream(IterableDataset):
+    """What runs in one worker. With W workers, step n comes from worker n % W, because DataLoader takes turns."""
+
     collection: CellCollection
     cells: NDArray[np.int64]
     prepare: Prepare
@@ -282,10 +284,6 @@ class _StreamFields:
     rank: int
     world_size: int
     start: int
-
-
-class _Stream(_StreamFields, IterableDataset):
-    """What runs in one worker. With W workers, step n comes from worker n % W, because DataLoader takes turns."""
 
     def __iter__(self) -> Iterator[Minibatch | _Failure | None]:
         worker = get_worker_info()

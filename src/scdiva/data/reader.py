@@ -160,12 +160,6 @@ class CountsReader:
             is_measured=self.alignment.is_measured[None, :],
         )
 
-    def blocks(self, block_size: int = 1024) -> Iterator[CellCounts]:
-        """Read all cells in order, ``block_size`` at a time; memory does not grow with the number of cells."""
-        for start in range(0, len(self), block_size):
-            stop = min(start + block_size, len(self))
-            yield self.aligned(self.raw_rows(start, stop), np.arange(start, stop))
-
     def describe(self, indices: Sequence[int]) -> str:
         """Name the given cells: source and cell name."""
         shown = ", ".join(f"{self.source.obs.index[i]} (row {i})" for i in list(indices)[:3])
@@ -319,20 +313,19 @@ class CellCorpus:
             is_measured=np.stack([reader.alignment.is_measured for reader in self.readers]),
         )
 
-    def blocks(self, block_size: int = 1024) -> Iterator[CellCounts]:
-        """Read all cells in order, ``block_size`` at a time."""
-        for start in range(0, len(self), block_size):
-            yield self.read(np.arange(start, min(start + block_size, len(self))))
+    def groups(self, keys: Sequence[str | None]) -> NDArray[np.str_]:
+        """``(n_cells,)`` "source/batch" of every cell, for held-out splits.
 
-    def groups(self, key: str | None) -> NDArray[np.str_]:
-        """``(n_cells,)`` "source/batch" of every cell, for held-out splits; the source alone without the column."""
+        Parameters
+        ----------
+        keys
+            For each source, the ``.obs`` column with the experimental batch, or ``None``: the source is one batch.
+        """
         names: list[NDArray[np.str_]] = []
-        for reader, rows in self._parts():
-            obs = reader.source.obs
-            batch = obs[key].astype(str).to_numpy(dtype=str) if key is not None and key in obs.columns else None
-            label = np.full(len(obs), "") if batch is None else batch
-            label = label if rows is None else label[rows]
-            names.append(np.char.add(f"{reader.source.name}/", label))
+        for (reader, rows), key in zip(self._parts(), keys, strict=True):
+            source = reader.source
+            batch = np.full(len(reader), "") if key is None else source.column(key).astype(str).to_numpy(dtype=str)
+            names.append(np.char.add(f"{source.name}/", batch if rows is None else batch[rows]))
         return np.concatenate(names)
 
     def describe(self, indices: Sequence[int]) -> str:

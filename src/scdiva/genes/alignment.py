@@ -14,6 +14,7 @@ import scipy.sparse as sp
 from numpy.typing import ArrayLike, NDArray
 
 from scdiva.errors import GeneError
+from scdiva.genes.names import HUMAN_PREFIX, as_strings, is_excel_damaged, strip_version
 from scdiva.genes.tables_io import HumanGenes, human_genes, make_names_symbols, old_names
 from scdiva.genes.vocabulary import GeneVocabulary
 
@@ -39,14 +40,9 @@ class GeneStatus(IntEnum):
     """Not a known human gene name."""
 
 
-_ENSEMBL = re.compile(r"^(ENSG\d{11})(?:\.\d+)?(?:_PAR_Y)?$")
 _ENSEMBL_WITHIN = re.compile(r"(?<![A-Za-z0-9])(ENSG\d{11})(?:\.\d+)?(?![0-9A-Za-z])")
-_HUMAN_PREFIX = re.compile(r"^(?:GRCh3[78]|hg19|hg38)(?:_+|-+|\.+)(?=.)", re.IGNORECASE)
-_MOUSE_PREFIX = re.compile(r"^(?:GRCm3[89]|mm9|mm10|mm39)(?:_+|-+|\.+)(?=.)", re.IGNORECASE)
 _MADE_UNIQUE = re.compile(r"^(.+)[-.]\d{1,3}$")
 _ORF = re.compile(r"^C(\d{1,2}|X|Y)ORF(\d+[A-Z]?)$")
-_MONTHS = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"
-_EXCEL = re.compile(rf"^(?:\d{{1,2}}-(?:{_MONTHS})|(?:{_MONTHS})-\d{{1,2}})$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,7 +102,7 @@ class GeneAlignment:
         GeneError
             ``X`` has another number of columns than the alignment.
         """
-        counts = X if sp.issparse(X) else sp.csr_matrix(np.atleast_2d(np.asarray(X)))
+        counts: Any = X if sp.issparse(X) else sp.csr_matrix(np.atleast_2d(np.asarray(X)))
         if counts.shape[1] != self.n_source:
             raise GeneError(
                 f"counts with {counts.shape[1]} columns",
@@ -243,10 +239,10 @@ def align_genes(names: Iterable[str], vocabulary: GeneVocabulary, *, ids: Iterab
     GeneError
         No names, or not as many ids as names.
     """
-    name_list = _as_strings(names)
+    name_list = as_strings(names)
     if not name_list:
         raise GeneError("no gene names", expected="at least one column", fix="give the var_names of the data")
-    id_list = None if ids is None else _as_strings(ids)
+    id_list = None if ids is None else as_strings(ids)
     if id_list is not None and len(id_list) != len(name_list):
         raise GeneError(
             f"{len(id_list)} Ensembl ids for {len(name_list)} names",
@@ -262,11 +258,6 @@ def align_genes(names: Iterable[str], vocabulary: GeneVocabulary, *, ids: Iterab
     return GeneAlignment(vocabulary, np.array(name_list, dtype=np.str_), gene_of_source, status)
 
 
-def is_excel_damaged(name: str) -> bool:
-    """Return whether a spreadsheet turned the gene name into a date (``2-Sep`` for SEPT2, ``Mar-01`` for MARCH1)."""
-    return _EXCEL.match(name) is not None
-
-
 # One result of a look-up: gene index (-1: none) and status.
 _Result = tuple[int, GeneStatus]
 _MISSING: _Result = (-1, GeneStatus.MISSING)
@@ -278,31 +269,27 @@ _OUTSIDE: _Result = (-1, GeneStatus.OUTSIDE)
 class _VocabularyIndex:
     """A vocabulary, looked up through the human gene table.
 
-    ``gene_of_table`` maps table indices to gene indices (-1: not in the vocabulary); genes that GENCODE 48 does not
-    have are found by ``foreign_ids`` and ``foreign_symbols``.
+    ``gene_of_table`` maps table indices to gene indices (-1: not in the vocabulary); ``foreign_ids`` holds the genes
+    that GENCODE 48 does not have.
     """
 
     gene_of_table: list[int]
     foreign_ids: dict[str, int]
-    foreign_symbols: dict[str, tuple[int, ...]]
 
 
 @functools.lru_cache(maxsize=8)
 def _index_vocabulary(vocabulary: GeneVocabulary) -> _VocabularyIndex:
+    # Cached by fingerprint, so nothing here may depend on the symbols.
     index_of_id = human_genes().index_of_id
     gene_of_table = [-1] * len(index_of_id)
     foreign_ids: dict[str, int] = {}
-    foreign_symbols: dict[str, tuple[int, ...]] = {}
-    pairs = zip(vocabulary.ensembl_id.tolist(), vocabulary.symbol.tolist(), strict=True)
-    for gene, (ensembl_id, symbol) in enumerate(pairs):
+    for gene, ensembl_id in enumerate(vocabulary.ensembl_id.tolist()):
         index = index_of_id.get(ensembl_id)
         if index is not None:
             gene_of_table[index] = gene
         else:
             foreign_ids[ensembl_id] = gene
-            if symbol and symbol != ensembl_id:
-                foreign_symbols[symbol] = (*foreign_symbols.get(symbol, ()), gene)
-    return _VocabularyIndex(gene_of_table, foreign_ids, foreign_symbols)
+    return _VocabularyIndex(gene_of_table, foreign_ids)
 
 
 class _Resolver:
@@ -314,8 +301,13 @@ class _Resolver:
         self.genes: HumanGenes = human_genes()
         self.old = old_names()
         self.index = _index_vocabulary(vocabulary)
+        self.foreign_symbols: dict[str, tuple[int, ...]] = {}
+        for ensembl_id, gene in self.index.foreign_ids.items():
+            symbol = str(vocabulary.symbol[gene])
+            if symbol and symbol != ensembl_id:
+                self.foreign_symbols[symbol] = (*self.foreign_symbols.get(symbol, ()), gene)
         self.all_names = frozenset(names)
-        self.all_ids: frozenset[str] = frozenset() if ids is None else frozenset(map(_strip_version, ids))
+        self.all_ids: frozenset[str] = frozenset() if ids is None else frozenset(map(strip_version, ids))
         self._by_name: dict[str, _Result] = {}
 
     def resolve_all(self) -> list[_Result]:
@@ -333,7 +325,7 @@ class _Resolver:
 
     def by_id(self, ensembl: str, name: str | None) -> _Result:
         """Resolve an Ensembl id; the name of the same column, if any, helps where the id alone is not clear."""
-        core = _strip_version(ensembl)
+        core = strip_version(ensembl)
         index = self.genes.index_of_id.get(core)
         moves = self.old.moves.get(core)
         if index is not None:
@@ -357,7 +349,7 @@ class _Resolver:
             if len(genes) > 1:
                 return _AMBIGUOUS
             return _OUTSIDE
-        human = _HUMAN_PREFIX.sub("", core) if "_" in core or "-" in core else core
+        human = HUMAN_PREFIX.sub("", core) if "_" in core or "-" in core else core
         return self.by_id(human, name) if human != core else _MISSING
 
     def by_name(self, name: str) -> _Result:
@@ -378,9 +370,9 @@ class _Resolver:
         indices = self.genes.indices_of_symbol.get(name)
         if indices is not None:
             result = self._choose(indices, GeneStatus.BY_SYMBOL)
-            if result[1] != GeneStatus.OUTSIDE or name not in self.index.foreign_symbols:
+            if result[1] != GeneStatus.OUTSIDE or name not in self.foreign_symbols:
                 return result
-        foreign = self.index.foreign_symbols.get(name)
+        foreign = self.foreign_symbols.get(name)
         if foreign is not None:
             return (foreign[0], GeneStatus.BY_SYMBOL) if len(foreign) == 1 else _AMBIGUOUS
         if name in self.index.foreign_ids:
@@ -407,7 +399,7 @@ class _Resolver:
         """Resolve a name that is no known name as it stands."""
         if is_excel_damaged(name):
             return _MISSING
-        bare = _HUMAN_PREFIX.sub("", name.strip())
+        bare = HUMAN_PREFIX.sub("", name.strip())
         if bare != name:
             return self.by_name(bare)
         within = _ENSEMBL_WITHIN.search(name)
@@ -445,19 +437,3 @@ class _Resolver:
         if len(inside) > 1:
             return _AMBIGUOUS
         return self.index.gene_of_table[inside[0]], status
-
-
-def _strip_version(ensembl: str) -> str:
-    """Return an Ensembl id without version and ``_PAR_Y``: both copies of a pseudoautosomal gene are one gene."""
-    if len(ensembl) == 15:
-        return ensembl
-    match = _ENSEMBL.match(ensembl.strip())
-    return match.group(1) if match else ensembl.strip()
-
-
-def _as_strings(values: Iterable[Any]) -> list[str]:
-    """Return a list of str; None and NaN become the empty string."""
-    if isinstance(values, str):
-        return [values]
-    items = values.tolist() if hasattr(values, "tolist") else list(values)
-    return [item if type(item) is str else "" if item is None or item != item else str(item) for item in items]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from scdiva.errors import GeneError
-from scdiva.genes.alignment import _HUMAN_PREFIX, _MOUSE_PREFIX, _as_strings
+from scdiva.genes.names import HUMAN_PREFIX, MOUSE_PREFIX, as_strings
 from scdiva.genes.tables_io import human_genes, mouse_to_human, old_names
 
 # Our decision. Symbols that mouse and human share count for neither, so on real files the minority is below 2 %.
@@ -33,8 +33,8 @@ def detect_species(names: Iterable[str], ids: Iterable[str] | None = None) -> st
         ``"human"``; ``"mouse"``; ``"mixed"`` if at least 5 % of the recognised columns are of the other species;
         ``"unknown"`` if fewer than 10 % of the columns are recognised.
     """
-    name_list = _as_strings(names)
-    n_human, n_mouse, n_both = _evidence(name_list, None if ids is None else _as_strings(ids))
+    name_list = as_strings(names)
+    n_human, n_mouse, n_both = _evidence(name_list, None if ids is None else as_strings(ids))
     if n_human + n_mouse == 0 or n_human + n_mouse + n_both < _RECOGNISED_SHARE * len(name_list):
         return "unknown"
     mouse_share = n_mouse / (n_human + n_mouse)
@@ -59,7 +59,7 @@ def require_human(names: Iterable[str], ids: Iterable[str] | None = None) -> Non
         The genes are mouse, or mouse and human mixed, or not recognised. Human symbols written in another case
         (``cd3d``) are not recognised, and the error says to write them in upper case.
     """
-    name_list = _as_strings(names)
+    name_list = as_strings(names)
     species = detect_species(name_list, ids)
     if species == "human":
         return
@@ -108,9 +108,9 @@ def _evidence(names: list[str], ids: list[str] | None) -> tuple[int, int, int]:
                 kind = "human"
             elif text.startswith("ENSMUSG") or text in mouse:
                 kind = "mouse"
-            elif text in old.symbols_of_alias or text in old.indices_of_old_symbol or _HUMAN_PREFIX.match(text):
+            elif text in old.symbols_of_alias or text in old.indices_of_old_symbol or HUMAN_PREFIX.match(text):
                 kind = "human"
-            elif _MOUSE_PREFIX.match(text):
+            elif MOUSE_PREFIX.match(text):
                 kind = "mouse"
             if kind:
                 break

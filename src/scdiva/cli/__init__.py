@@ -1,0 +1,56 @@
+"""The command line: one file per command, heavy imports inside the bodies."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from types import FrameType
+
+import typer
+
+from scdiva.cli import check, demo, embed, inspect, train
+from scdiva.errors import ScdivaError
+
+app = typer.Typer(
+    name="scdiva",
+    help="Generative single-cell foundation models: from an .h5ad of raw counts to results one can trust.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("demo")(demo.demo)
+app.command("check")(check.check)
+app.command("embed")(embed.embed)
+app.command("inspect")(inspect.inspect)
+app.command("pretrain")(train.pretrain)
+app.command("finetune")(train.finetune)
+
+
+@app.callback(invoke_without_command=True)
+def _common(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"scdiva {installed('scdiva')}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; bad input gives one line on standard error and exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # a polite kill must clean up temporary files like Ctrl-C does
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        app()
+    except ScdivaError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; nothing half-written was left behind", err=True)
+        sys.exit(130)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

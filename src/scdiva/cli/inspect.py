@@ -1,0 +1,54 @@
+"""``scdiva inspect PATH | --preset NAME``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def inspect(
+    path: Annotated[
+        str | None, typer.Argument(metavar="PATH", help="Bundle folder or Hugging Face Hub id.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option("--preset", help="Name of a bundled model.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Verify a model bundle and tell what it holds."""
+    from scdiva.models.bundle import WEIGHTS, bundled_path, find_bundle, read_bundle, read_weights
+
+    if (path is None) == (preset is None):
+        raise typer.BadParameter("give either PATH or --preset NAME")
+    folder = bundled_path(preset) if preset is not None else find_bundle(str(path))
+    content = read_bundle(folder)
+    weights = read_weights(folder)
+    facts = {
+        "path": str(folder),
+        "hash": content.hash,
+        **content.config,
+        "n_genes": content.vocabulary.n_genes,
+        "n_parameters": sum(tensor.numel() for tensor in weights.values()),
+        "weights_mb": round((folder / WEIGHTS).stat().st_size / 1e6, 2),
+        "tensors": {name: [str(tensor.dtype).removeprefix("torch."), *tensor.shape] for name, tensor in weights.items()},
+    }
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    typer.echo(f"{facts.get('name') or folder.name}: every file verified against its hash")
+    for key, value in facts.items():
+        if key == "tensors":
+            typer.echo("  tensors")
+            for name, (dtype, *shape) in value.items():
+                typer.echo(f"    {name:<32}{dtype:<10}{' x '.join(map(str, shape)) or 'scalar'}")
+        elif isinstance(value, dict):
+            typer.echo(f"  {key}")
+            for name, item in value.items():
+                if isinstance(item, list) and item and isinstance(item[0], dict):
+                    typer.echo(f"    {name}")
+                    for entry in item:
+                        typer.echo("      " + ", ".join(f"{k} {v}" for k, v in entry.items()))
+                else:
+                    typer.echo(f"    {name:<28}{item}")
+        else:
+            typer.echo(f"  {key:<30}{value}")

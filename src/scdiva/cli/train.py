@@ -1,0 +1,68 @@
+"""``scdiva pretrain --config FILE`` and ``scdiva finetune FILE --objective pretrain``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from scdiva.cli.common import DEFAULT_MODEL, CoverageOption, FileArgument, LayerOption, ModelOption
+
+if TYPE_CHECKING:
+    from scdiva.tasks.pretrain import TrainedModel
+
+OverridesOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. optim.lr=3e-4.")
+]
+
+
+def pretrain(
+    config: Annotated[Path, typer.Option("--config", help="Run configuration (TOML).")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run; the model goes to 'bundle' in it.")],
+    overrides: OverridesOption = None,
+) -> None:
+    """Train a model from a corpus. The same command again resumes an interrupted run."""
+    from scdiva.config import RunConfig, apply_overrides, load_config
+    from scdiva.tasks.pretrain import pretrain as run
+
+    settings = apply_overrides(load_config(config, RunConfig), overrides or [])
+    _tell(run(settings, out))
+
+
+def finetune(
+    file: FileArgument,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run; the model goes to 'bundle' in it.")],
+    objective: Annotated[
+        Literal["pretrain"], typer.Option("--objective", help="What to train on: 'pretrain' needs no labels.")
+    ] = "pretrain",
+    model: ModelOption = DEFAULT_MODEL,
+    layer: LayerOption = None,
+    batch_key: Annotated[
+        str | None, typer.Option("--batch-key", help=".obs column with donors or batches; whole ones are held out.")
+    ] = None,
+    min_coverage: CoverageOption = 0.5,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the run.")] = 0,
+    overrides: OverridesOption = None,
+) -> None:
+    """Adapt a model to the unlabelled cells of FILE, in a few minutes. The same command again resumes."""
+    from scdiva.config import apply_overrides
+    from scdiva.data.source import open_source
+    from scdiva.models.scdiva import ScDiVa
+    from scdiva.tasks.pretrain import adapt, adaptation_config
+
+    settings = apply_overrides(adaptation_config(open_source(file).n_cells, seed=seed), overrides or [])
+    base = ScDiVa.from_pretrained(model, device="cpu")
+    _tell(adapt(file, base, out, config=settings, layer=layer, batch_key=batch_key, min_coverage=min_coverage))
+
+
+def _tell(trained: TrainedModel) -> None:
+    fitted = trained.fit
+    typer.echo(
+        f"{fitted.last_step:,} steps, {fitted.n_cells:,} cell passes, {fitted.cells_per_s:,.0f} cells/s; stopped by "
+        f"{fitted.stopped_because}; best step {fitted.best_step:,}"
+    )
+    for name, value in trained.metrics.items():
+        typer.echo(f"  {name:<28}{value:.4f} nats per UMI")
+    typer.echo(f"model: {trained.path}")
+    typer.echo(f"next:  scdiva embed FILE OUT.h5ad --model {trained.path}")

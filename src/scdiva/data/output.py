@@ -1,0 +1,113 @@
+"""Results into files: the input file with new slots, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from scdiva.data.source import CellSource
+from scdiva.errors import OutputError
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Refuse an output path before any work is done.
+
+    Raises
+    ------
+    OutputError
+        The file exists (without ``overwrite``), its folder does not, or it is neither ``.h5ad`` nor ``.zarr``.
+    """
+    if path.suffix not in (".h5ad", ".zarr"):
+        raise OutputError(f"output {path.name!r}", expected="a name ending in .h5ad or .zarr", fix="rename it")
+    if not path.parent.is_dir():
+        raise OutputError(f"the folder {path.parent} does not exist", expected="a folder", fix="create it first")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists", expected="a new file", fix="name another one, or pass --overwrite")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path`` that takes its place when the block ends well, and vanishes otherwise."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    partial = folder / path.name
+    try:
+        yield partial
+        if partial.is_file():
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+        if path.is_dir():
+            shutil.rmtree(path)
+        partial.replace(path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_with_slots(source: CellSource, path: Path, slots: Mapping[str, Any]) -> None:
+    """Write a source with additional slots to a file; X is copied on disk, never loaded.
+
+    Parameters
+    ----------
+    source
+        The cells, opened from a file.
+    path
+        Where to write: ``.h5ad`` or ``.zarr``. May be the source's own path.
+    slots
+        Key in the file ("obsm/X_scdiva", "uns/scdiva/embed", "layers/scdiva_denoised") to value.
+    """
+    from anndata.io import write_elem
+
+    same_kind = source.path is not None and source.path.suffix == path.suffix
+    with replacing(path) as partial:
+        if same_kind and path.suffix == ".h5ad":
+            shutil.copyfile(str(source.path), partial)
+        elif same_kind:
+            shutil.copytree(str(source.path), partial)
+        else:
+            _write_anew(source, partial)
+        if path.suffix == ".h5ad":
+            with h5py.File(partial, "r+") as file:
+                _write_slots(file, slots, write_elem)
+        else:
+            import zarr
+
+            _write_slots(zarr.open_group(partial, mode="r+"), slots, write_elem)
+
+
+def _write_slots(group: Any, slots: Mapping[str, Any], write_elem: Any) -> None:
+    for key, value in slots.items():
+        parents = key.split("/")[:-1]
+        for depth in range(1, len(parents) + 1):
+            parent = "/".join(parents[:depth])
+            if parent not in group:
+                write_elem(group, parent, {})
+        write_elem(group, key, value)
+
+
+def _write_anew(source: CellSource, path: Path) -> None:
+    """Write an AnnData of the source's matrices (10x input, or a change between .h5ad and .zarr)."""
+    import anndata as ad
+
+    matrices = {name: matrix for name, matrix in source.matrices.items() if name != "raw.X"}
+    x = matrices.get("X")
+    first = x or next(iter(matrices.values()))
+    adata = ad.AnnData(
+        X=None if x is None else x.rows(0, source.n_cells),
+        obs=source.obs,
+        var=first.var,
+        layers={
+            name.removeprefix("layers['").removesuffix("']"): matrix.rows(0, source.n_cells)
+            for name, matrix in matrices.items()
+            if name != "X"
+        },
+    )
+    if path.suffix == ".h5ad":
+        adata.write_h5ad(path)
+    else:
+        adata.write_zarr(path)

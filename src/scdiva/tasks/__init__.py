@@ -1,0 +1,1 @@
+"""Tasks: one file per task; arrays in, a result dataclass out."""
