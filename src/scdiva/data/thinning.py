@@ -62,8 +62,9 @@ def split_counts(cells: CellCounts, rho: ArrayLike, rng: np.random.Generator) ->
     n_in_vocabulary = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
     n_outside = np.maximum(np.rint(cells.library_size - n_in_vocabulary), 0).astype(np.int64)
     outside_a = rng.binomial(n_outside, rho_of_cell)
+    data_b = counts.data - data_a  # before view A is compacted, which happens in place
     view_a = _with_data(cells, data_a, outside_a.astype(np.float64))
-    view_b = _with_data(cells, counts.data - data_a, (n_outside - outside_a).astype(np.float64))
+    view_b = _with_data(cells, data_b, (n_outside - outside_a).astype(np.float64))
     return view_a, view_b
 
 

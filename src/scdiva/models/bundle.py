@@ -157,6 +157,7 @@ def write_bundle(
         hashes = {name: _sha256(partial / name) for name in FILES}
         (partial / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
         for file in partial.iterdir():
+            file.chmod(0o644)  # safetensors writes private files
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
         partial.chmod(0o755)  # mkdtemp makes it private

@@ -95,9 +95,9 @@ def pretrain(config: RunConfig, out_dir: str | Path, *, progress: bool = True) -
         raise ConfigError(
             "data.files is empty", expected="the files of the corpus", fix="name them in the configuration"
         )
-    corpus = _open_files(config, GeneVocabulary.default())
+    corpus = open_corpus_of(config, GeneVocabulary.default())
     vocabulary = _seen_genes(corpus, config.data.min_cells_per_gene)
-    corpus = _open_files(config, vocabulary)
+    corpus = open_corpus_of(config, vocabulary)
     cells = _in_memory(corpus)
     groups = corpus.groups([file.batch_key for file in config.data.files])
     train, heldout = hold_out(
@@ -138,6 +138,7 @@ def adapt(
     *,
     config: LoopConfig | None = None,
     objective: AnchorObjectiveConfig | None = None,
+    seed: int = 0,
     layer: str | None = None,
     batch_key: str | None = None,
     min_coverage: float = MIN_COVERAGE,
@@ -160,6 +161,8 @@ def adapt(
         Loop settings; :func:`adaptation_config` if left out.
     objective
         Loss settings; those for small data if left out.
+    seed
+        Seed of the run, where ``config`` is left out.
     layer, min_coverage
         As in :func:`scdiva.tl.embed`.
     batch_key
@@ -176,7 +179,7 @@ def adapt(
     reader = open_counts(open_source(data), model.vocabulary, layer=layer, min_coverage=min_coverage)
     corpus = CellCorpus((reader,), (None,))
     cells = _in_memory(corpus)
-    loop = config or adaptation_config(len(cells))
+    loop = config or adaptation_config(len(cells), seed=seed)
     settings = objective or ADAPTATION_OBJECTIVE
     groups = corpus.groups([batch_key])
     train, heldout = hold_out(groups, loop.data.heldout_fraction, np.random.default_rng([loop.seed, _SPLIT_STREAM]))
@@ -222,7 +225,16 @@ def adaptation_config(n_cells: int, *, seed: int = 0) -> LoopConfig:
     )
 
 
-def _open_files(config: RunConfig, vocabulary: GeneVocabulary) -> CellCorpus:
+def open_corpus_of(config: RunConfig, vocabulary: GeneVocabulary) -> CellCorpus:
+    """Open the files of a run as one corpus, without the batches that the run leaves out.
+
+    Raises
+    ------
+    ConfigError
+        ``exclude_batches`` names batches that do not exist, or comes without ``batch_key``.
+    SourceError, ScaleError, GeneError, KeyNotFoundError
+        A file cannot be used; names the first.
+    """
     readers, rows = [], []
     for file in config.data.files:
         path = Path(config.data.root) / file.path

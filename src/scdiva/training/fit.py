@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import signal
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,8 +50,8 @@ log = logging.getLogger(__name__)
 
 StopReason = Literal["max_steps", "patience", "max_minutes"]
 
-# Settings that change how long a run goes on and what it writes, not what it computes.
-_FREE_KEYS = frozenset(
+# Settings that change how long a run goes on, what it writes and what it is called, not what it computes.
+_FREE_KEYS = frozenset({"name", "description", "licence"}) | frozenset(
     f"training.{name}" for name in ("max_steps", "max_minutes", "log_every", "checkpoint_every", "keep_checkpoints")
 )
 _N_NAMED_CELLS = 5
@@ -169,7 +170,7 @@ def fit(
         module = TrainingModule(
             objective, config.optim, max_steps=training.max_steps, seed=config.seed, check=loop.check_finite
         )
-        with _quiet_lightning():
+        with _tamed_lightning():
             trainer = pl.Trainer(
                 max_steps=training.max_steps,
                 max_epochs=-1,
@@ -256,7 +257,7 @@ class _Loop(pl.Callback):
         self.began = time.monotonic()
         self.stopped_because: StopReason | None = None
         self.restored: Mapping[str, Any] | None = None
-        self.log: RunLog | None = None
+        self.run_log: RunLog | None = None  # of the first process; "log" is taken: Lightning sets it on callbacks
 
     @property
     def minutes(self) -> float:
@@ -282,7 +283,7 @@ class _Loop(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step, training = trainer.global_step, self.config.training
         if self.restored is not None:
-            self.means.load_state_dict(self.restored["means"], pl_module.device)
+            pass
             log.info("resuming after step %d", step)
         self.evaluation = fixed_minibatches(
             self.collection,
@@ -294,7 +295,7 @@ class _Loop(pl.Callback):
         )
         if trainer.is_global_zero:
             self.checkpoints.discard_after(step)
-            self.log = RunLog(self.out, last_step=step if self.restored else -1)
+            self.run_log = RunLog(self.out, last_step=step if self.restored else -1)
         self.progress.start(step, training.max_steps)
         if self.restored is None:
             # The initial weights are a candidate, too: a start from a strong simple model may be hard to beat.
@@ -318,8 +319,8 @@ class _Loop(pl.Callback):
             self._evaluate(trainer, pl_module)
             self._stop_if_due(trainer)
         if step % training.checkpoint_every == 0 or self.stopped_because:
-            if self.log is not None:
-                self.log.sync()
+            if self.run_log is not None:
+                self.run_log.sync()
             trainer.save_checkpoint(self.checkpoints.path(step))
             if trainer.is_global_zero:
                 self.checkpoints.prune()
@@ -333,21 +334,21 @@ class _Loop(pl.Callback):
 
     def check_finite(self, output: LossOutput, grad_norm: Tensor, batch: Minibatch) -> None:
         """Stop before a loss or gradient that is not finite reaches the weights."""
-        if not torch.isfinite(output.loss.detach() + grad_norm):
+        loss = output.loss.detach()
+        if not torch.isfinite(loss + grad_norm):
             step = batch.number // self.n_processes + 1
-            what = (
-                f"the loss is {float(output.loss):g} and the norm of its gradient {float(grad_norm):g} at step {step}"
-            )
+            what = f"the loss is {float(loss):g} and the norm of its gradient {float(grad_norm):g} at step {step}"
             raise self._not_finite(what, batch)
 
     def finish(self, trainer: pl.Trainer) -> FitResult:
         """Write ``result.json`` and the curve."""
         step = trainer.global_step
-        metadata = _read_metadata(self.out / "best.safetensors")
+        with safe_open(self.out / "best.safetensors", framework="pt") as file:
+            best = json.loads(file.metadata()["scdiva"])
         n_cells = step * self.cells_per_step
         result = FitResult(
-            best_step=int(metadata["step"]),
-            best_value=float(metadata["value"]) if metadata["value"] else None,
+            best_step=best["step"],
+            best_value=best["value"],
             last_step=step,
             n_cells=n_cells,
             cells_per_s=n_cells / max(self.train_seconds, 1e-9),
@@ -376,8 +377,8 @@ class _Loop(pl.Callback):
             "cells_per_s": rate,
             "n_cells_seen": step * self.cells_per_step,
         }
-        if self.log is not None:
-            self.log.write(step, "train", values)
+        if self.run_log is not None:
+            self.run_log.write(step, "train", values)
         self.progress.update(step, loss=values["loss"], cells_per_s=rate)
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -405,8 +406,8 @@ class _Loop(pl.Callback):
                 expected="one of " + ", ".join(values),
                 fix="name one of these",
             )
-        if self.log is not None:
-            self.log.write(step, "heldout", values)
+        if self.run_log is not None:
+            self.run_log.write(step, "heldout", values)
         self.progress.update(step, **{f"held-out {self.monitor}": values[self.monitor]})
         if self.best_value is None or values[self.monitor] < self.best_value:
             self.best_value, self.n_without_gain = values[self.monitor], 0
@@ -416,7 +417,8 @@ class _Loop(pl.Callback):
 
     def _keep_weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule, value: float | None) -> None:
         if trainer.is_global_zero:
-            metadata = {"step": str(trainer.global_step), "value": "" if value is None else repr(value)}
+            # One entry: safetensors writes several in random order, and equal runs should give equal files.
+            metadata = {"scdiva": json.dumps({"step": trainer.global_step, "value": value})}
             with atomic_path(self.out / "best.safetensors") as temporary:
                 save_model(cast(TrainingModule, pl_module).evaluated, str(temporary), metadata)
 
@@ -450,9 +452,9 @@ class _Loop(pl.Callback):
 
     def _close(self) -> None:
         self.progress.stop()
-        if self.log is not None:
-            self.log.close()
-            self.log = None
+        if self.run_log is not None:
+            self.run_log.close()
+            self.run_log = None
 
 
 def uses_bf16(precision: Literal["auto", "bf16", "fp32"], device: str) -> bool:
@@ -557,21 +559,17 @@ def _fingerprint(collection: CellCollection, train: NDArray[np.int64], heldout: 
     return digest.hexdigest()
 
 
-def _read_metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return file.metadata()
-
-
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's tips and hardware lines from the user; its warnings are about choices made here."""
+def _tamed_lightning() -> Iterator[None]:
+    """Keep Lightning's tips and hardware lines from the user (its warnings are about choices made here), and Ctrl-C."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
+    on_interrupt = signal.getsignal(signal.SIGINT)
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
@@ -579,6 +577,12 @@ def _quiet_lightning() -> Iterator[None]:
             warnings.filterwarnings("ignore", module=r"lightning\.")
             warnings.filterwarnings("ignore", category=PossibleUserWarning)
             yield
+    except SystemExit as error:
+        # Lightning answers Ctrl-C with sys.exit and leaves Ctrl-C switched off: bad manners in a notebook.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, on_interrupt)
+            raise KeyboardInterrupt from None
+        raise
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
