@@ -47,7 +47,7 @@ METHODS = {
     "pca_own": "PCA-50 of the set's own 2,000 HVG",
     "pca_own_scaled": "the same, genes scaled to unit variance",
     "pca_corpus": "PCA-50 of the training corpus",
-    "scvi": "scVI trained on the set",
+    "scvi": "scVI trained on the set (4,000 HVG)",
     "random": "random projection to 50 (null)",
 }
 MIN_CELLS_PER_TYPE = 10
@@ -198,7 +198,8 @@ def table(results: dict) -> str:
         }
         for method, row in result["rows"].items():
             cells = [
-                f"{np.mean(row[key]):.3f} ± {np.std(row[key]):.3f}" if key in row and len(row[key]) > 1
+                f"{np.mean(row[key]):.3f} ± {np.std(row[key]):.3f}"
+                if key in row and len(row[key]) > 1
                 else (f"{row[key][0]:.3f}" if key in row else "")
                 for key in ("accuracy", "macro_f1", "nmi")
             ]
@@ -250,6 +251,7 @@ def main() -> None:
         )
         arguments.out.with_suffix(".md").write_text(head + table(results), encoding="utf-8")
         arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
 
 if __name__ == "__main__":
     main()

@@ -9,6 +9,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+from scdiva.config import RunConfig, apply_overrides, load_config, save_config
 from scdiva.models.scdiva import ScDiVa
 
 LIMIT_MB = 25
@@ -28,8 +29,12 @@ def main() -> None:
         raise SystemExit(f"{target} has {size:.1f} MB; the package takes at most {LIMIT_MB} MB")
     kept = arguments.docs / model.name
     kept.mkdir(parents=True, exist_ok=True)
-    for name in ("config.toml", "log.csv", "curve.png", "result.json"):
+    for name in ("log.csv", "curve.png"):
         shutil.copyfile(arguments.run / name, kept / name)
+    # the folder of the corpus is nobody else's
+    save_config(
+        apply_overrides(load_config(arguments.run / "config.toml", RunConfig), ["data.root=."]), kept / "config.toml"
+    )
     print(f"{target}: {size:.1f} MB; {kept}")
 
 

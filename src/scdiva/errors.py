@@ -6,6 +6,9 @@ prints that line and exits with code 2, and nothing is written.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 
 class ScdivaError(Exception):
     """Base of all errors that scdiva raises on purpose.
@@ -28,6 +31,10 @@ class ScdivaError(Exception):
 
     def __str__(self) -> str:
         return f"{self.found} (expected: {self.expected}; fix: {self.fix})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # the default would call the class with positional arguments, and an error must survive the way out of a worker
+        return partial(type(self), expected=self.expected, fix=self.fix), (self.found,)
 
 
 class SourceError(ScdivaError):

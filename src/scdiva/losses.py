@@ -23,10 +23,14 @@ class _MeasuredProfileNLL(torch.autograd.Function):
         is_measured_BG: torch.Tensor,
     ) -> torch.Tensor:
         # float32 whatever the autocast: a sum over tens of thousands of genes is no work for bfloat16
-        masked_BG = log_rate_BG.float().masked_fill_(~is_measured_BG, float("-inf")) if (
-            log_rate_BG.dtype != torch.float32
-        ) else log_rate_BG.masked_fill(~is_measured_BG, float("-inf"))
+        masked_BG = (
+            log_rate_BG.float().masked_fill_(~is_measured_BG, float("-inf"))
+            if (log_rate_BG.dtype != torch.float32)
+            else log_rate_BG.masked_fill(~is_measured_BG, float("-inf"))
+        )
+        # a cell whose file measures no gene has no mass at all, and -inf minus -inf would be NaN
         log_total_B = torch.logsumexp(masked_BG, dim=1)
+        log_total_B = log_total_B.masked_fill(log_total_B == float("-inf"), 0.0)
         score_N = share_N * (masked_BG[cell_N, gene_N] - log_total_B[cell_N])
         nll_B = torch.zeros_like(log_total_B).index_add_(0, cell_N, -score_N)
         has_counts_B = torch.zeros_like(log_total_B).index_add_(0, cell_N, share_N)

@@ -58,7 +58,12 @@ def umap(adata: AnnData, path: str | Path, *, color: str, basis: str = "X_umap",
         axes.scatter(chosen[:, 0], chosen[:, 1], s=4, color=palette(i % palette.N), linewidths=0)
         centre = np.median(chosen, axis=0)
         axes.annotate(
-            name, centre, ha="center", va="center", fontsize=9, fontweight="bold",
+            name,
+            centre,
+            ha="center",
+            va="center",
+            fontsize=9,
+            fontweight="bold",
             bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.7},
         )
     axes.set(xticks=[], yticks=[], xlabel=basis.removeprefix("X_") + " 1", ylabel=basis.removeprefix("X_") + " 2")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -73,7 +74,7 @@ class CellTokens:
         return int(self.gene_id_BL.shape[1])
 
     @property
-    def is_truncated_B(self) -> NDArray[np.bool_]:  # noqa: N802 - the shape suffix is the house style
+    def is_truncated_B(self) -> NDArray[np.bool_]:
         """Cells that have more detected genes than tokens."""
         return self.n_detected_B > (~self.is_pad_BL).sum(axis=1)
 
@@ -181,7 +182,7 @@ def collate(parts: list[CellTokens]) -> CellTokens:
     """Join token blocks of different lengths into one, padded to the longest."""
     length = max(part.n_tokens for part in parts)
 
-    def padded(array: NDArray[np.generic], fill: object) -> NDArray[np.generic]:
+    def padded(array: NDArray[Any], fill: int | bool) -> NDArray[Any]:
         return np.pad(array, ((0, 0), (0, length - array.shape[1])), constant_values=fill)
 
     return CellTokens(

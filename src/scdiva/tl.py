@@ -146,7 +146,9 @@ def embed_file(
     return result
 
 
-def _run(data: Any, model: Embedder, *, layer: str | None, library_size_key: str | None, min_coverage: float, **rest: Any) -> Any:
+def _run(
+    data: Any, model: Embedder, *, layer: str | None, library_size_key: str | None, min_coverage: float, **rest: Any
+) -> Any:
     source = open_source(data)
     reader = open_counts(
         source, model.vocabulary, layer=layer, library_size_key=library_size_key, min_coverage=min_coverage

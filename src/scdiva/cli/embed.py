@@ -70,5 +70,7 @@ def embed(
         f"{record['coverage']:.1%} of UMIs in the model's genes"
     )
     if record["n_empty_cells"]:
-        typer.echo(f"{record['n_empty_cells']:,} cells have no UMI in the model's genes: all at the same point", err=True)
+        typer.echo(
+            f"{record['n_empty_cells']:,} cells have no UMI in the model's genes: all at the same point", err=True
+        )
     typer.echo(f'{out}: .obsm["{key_added}"] ({n_cells:,} x {result.z.shape[1]})')

@@ -9,9 +9,7 @@ import typer
 
 
 def inspect(
-    path: Annotated[
-        str | None, typer.Argument(metavar="PATH", help="Bundle folder or Hugging Face Hub id.")
-    ] = None,
+    path: Annotated[str | None, typer.Argument(metavar="PATH", help="Bundle folder or Hugging Face Hub id.")] = None,
     preset: Annotated[str | None, typer.Option("--preset", help="Name of a bundled model.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
@@ -30,7 +28,9 @@ def inspect(
         "n_genes": content.vocabulary.n_genes,
         "n_parameters": sum(tensor.numel() for tensor in weights.values()),
         "weights_mb": round((folder / WEIGHTS).stat().st_size / 1e6, 2),
-        "tensors": {name: [str(tensor.dtype).removeprefix("torch."), *tensor.shape] for name, tensor in weights.items()},
+        "tensors": {
+            name: [str(tensor.dtype).removeprefix("torch."), *tensor.shape] for name, tensor in weights.items()
+        },
     }
     if as_json:
         typer.echo(json.dumps(facts, indent=2))

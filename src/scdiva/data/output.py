@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_with_slots(source: CellSource, path: Path, slots: Mapping[str, Any]) -> None:
-    """Write a source with additional slots to a file; X is copied on disk, never loaded.
+    """Write a source with additional slots to a file; X is copied on disk, not loaded, unless the format changes.
 
     Parameters
     ----------
@@ -77,7 +78,13 @@ def write_with_slots(source: CellSource, path: Path, slots: Mapping[str, Any]) -
         else:
             import zarr
 
-            _write_slots(zarr.open_group(partial, mode="r+"), slots, write_elem)
+            # anndata writes consolidated metadata, which cannot be edited: change the store itself, then renew them
+            was_consolidated = zarr.open_group(partial, mode="r").metadata.consolidated_metadata is not None
+            _write_slots(zarr.open_group(partial, mode="r+", use_consolidated=False), slots, write_elem)
+            if was_consolidated:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # "not part of the zarr 3 format": anndata does it, too
+                    zarr.consolidate_metadata(partial)
 
 
 def _write_slots(group: Any, slots: Mapping[str, Any], write_elem: Any) -> None:
@@ -91,22 +98,15 @@ def _write_slots(group: Any, slots: Mapping[str, Any], write_elem: Any) -> None:
 
 
 def _write_anew(source: CellSource, path: Path) -> None:
-    """Write an AnnData of the source's matrices (10x input, or a change between .h5ad and .zarr)."""
+    """Write the whole AnnData in another format (10x input, or a change between .h5ad and .zarr); X is loaded."""
     import anndata as ad
 
-    matrices = {name: matrix for name, matrix in source.matrices.items() if name != "raw.X"}
-    x = matrices.get("X")
-    first = x or next(iter(matrices.values()))
-    adata = ad.AnnData(
-        X=None if x is None else x.rows(0, source.n_cells),
-        obs=source.obs,
-        var=first.var,
-        layers={
-            name.removeprefix("layers['").removesuffix("']"): matrix.rows(0, source.n_cells)
-            for name, matrix in matrices.items()
-            if name != "X"
-        },
-    )
+    if source.path is not None and source.path.suffix in (".h5ad", ".zarr"):
+        # from the file, so that .obsm, .uns and .raw come along
+        adata = ad.read_h5ad(source.path) if source.path.suffix == ".h5ad" else ad.read_zarr(source.path)
+    else:
+        x = source.matrix(None)
+        adata = ad.AnnData(X=x.rows(0, source.n_cells), obs=source.obs, var=x.var)
     if path.suffix == ".h5ad":
         adata.write_h5ad(path)
     else:

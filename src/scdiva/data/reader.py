@@ -298,8 +298,8 @@ class CellCorpus:
 
     def read(self, indices: NDArray[np.integer]) -> CellCounts:
         """Read the given cells of the corpus, in the given order."""
-        indices = np.asarray(indices, dtype=np.int64)
-        source, local = self._locate(indices)
+        positions = np.asarray(indices, dtype=np.int64)
+        source, local = self._locate(positions)
         present = np.unique(source)
         parts = [self.readers[s].read(self._source_row(s, local[source == s])) for s in present]
         order = np.concatenate([np.flatnonzero(source == s) for s in present])
@@ -308,7 +308,7 @@ class CellCorpus:
         return CellCounts(
             counts=sp.csr_matrix(sp.vstack([part.counts for part in parts], format="csr")[inverse]),
             library_size=np.concatenate([part.library_size for part in parts])[inverse],
-            cell_index=indices,
+            cell_index=positions,
             source_of_cell=source.astype(np.int32),
             is_measured=np.stack([reader.alignment.is_measured for reader in self.readers]),
         )
@@ -331,9 +331,7 @@ class CellCorpus:
     def describe(self, indices: Sequence[int]) -> str:
         """Name the given cells: source and cell name."""
         source, local = self._locate(np.asarray(list(indices)))
-        named = [
-            self.readers[s].describe(list(self._source_row(s, local[source == s]))) for s in np.unique(source)
-        ]
+        named = [self.readers[s].describe(list(self._source_row(s, local[source == s]))) for s in np.unique(source)]
         return "; ".join(named)
 
 

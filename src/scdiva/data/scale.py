@@ -1,4 +1,4 @@
-"""On which scale is an expression matrix, and can it be turned back into raw counts exactly?
+"""Scales: which one an expression matrix is on, and whether it goes back to raw counts exactly.
 
 Log-normalised counts can be inverted without knowing the library size: after ``x = log1p(f * c / n)`` all values of a
 cell are multiples of one unit ``f / n``, the value of a single count. Dividing by the unit must give integers, for
@@ -105,8 +105,7 @@ class Scale:
             raise ScaleError(
                 f"{where} holds a count of {counts.max():.3g}", expected="counts below 2.1e9", fix=_HOW_TO_FIX
             )
-        result = sp.csr_matrix((counts.astype(np.int32), block.indices, block.indptr), shape=block.shape, copy=False)
-        return result
+        return sp.csr_matrix((counts.astype(np.int32), block.indices, block.indptr), shape=block.shape, copy=False)
 
 
 def _valid_values(block: sp.csr_matrix, where: str) -> NDArray[np.float64]:
@@ -123,9 +122,7 @@ def _valid_values(block: sp.csr_matrix, where: str) -> NDArray[np.float64]:
     values = data.astype(np.float64)
     if not np.isfinite(values).all():
         n_bad = int((~np.isfinite(values)).sum())
-        raise ScaleError(
-            f"{where} holds {n_bad} NaN or infinite values", expected="finite raw counts", fix=_HOW_TO_FIX
-        )
+        raise ScaleError(f"{where} holds {n_bad} NaN or infinite values", expected="finite raw counts", fix=_HOW_TO_FIX)
     if values.size and values.min() < 0:
         raise ScaleError(
             f"{where} holds negative values (minimum {values.min():.4g}): scaled, centred or residual data",

@@ -53,22 +53,29 @@ class Matrix:
 
     def rows(self, start: int, stop: int) -> sp.csr_matrix:
         """Read rows ``start:stop`` as CSR with sorted indices."""
-        return _as_csr(self.values[start:stop])
+        try:
+            rows = self.values[start:stop]
+        except (OSError, RuntimeError) as error:  # the file opened well, but a chunk in it cannot be decompressed
+            raise SourceError(
+                f"rows {start} to {stop} of {self.name} cannot be read ({str(error).splitlines()[0][:120]})",
+                expected="an undamaged file",
+                fix="copy or download it again",
+            ) from error
+        return _as_csr(rows)
 
     def take(self, indices: NDArray[np.integer]) -> sp.csr_matrix:
         """Read the given rows, in the given order; contiguous runs are read in one go."""
         indices = np.asarray(indices)
         if indices.size == 0:
             return self.rows(0, 0)
-        if isinstance(self.values, (sp.spmatrix, sp.sparray, np.ndarray)):
+        is_in_memory = sp.issparse(self.values) or isinstance(self.values, np.ndarray)
+        if is_in_memory:
             return _as_csr(self.values[indices])
         order = np.argsort(indices, kind="stable")
         ordered = indices[order]
         starts = np.flatnonzero(np.diff(ordered, prepend=ordered[0] - 2) != 1)
         stops = np.append(starts[1:], ordered.size)
-        runs = [
-            self.rows(int(ordered[a]), int(ordered[b - 1]) + 1) for a, b in zip(starts, stops, strict=True)
-        ]
+        runs = [self.rows(int(ordered[a]), int(ordered[b - 1]) + 1) for a, b in zip(starts, stops, strict=True)]
         stacked = sp.vstack(runs, format="csr")
         inverse = np.empty_like(order)
         inverse[order] = np.arange(order.size)
@@ -271,8 +278,10 @@ def _from_10x(path: Path, reader: str) -> CellSource:
             if reader == "read_10x_h5":
                 adata = sc.read_10x_h5(path, gex_only=False)
             else:
-                prefix = next(path.glob("*matrix.mtx*")).name.split("matrix.mtx")[0]
+                prefix = _only_prefix(path)
                 adata = sc.read_10x_mtx(path, gex_only=False, make_unique=False, prefix=prefix or None)
+    except SourceError:
+        raise
     except Exception as error:  # scanpy raises many kinds of errors for damaged 10x output
         raise SourceError(
             f"{path} cannot be read as 10x output ({type(error).__name__}: {str(error).splitlines()[0][:120]})",
@@ -280,6 +289,18 @@ def _from_10x(path: Path, reader: str) -> CellSource:
             fix="copy all three files, or give the .h5 file",
         ) from error
     return _from_anndata(adata, name=path.stem, path=path)
+
+
+def _only_prefix(folder: Path) -> str:
+    """Return what stands before "matrix.mtx" (GEO puts the sample there); several samples are no source."""
+    prefixes = sorted({file.name.split("matrix.mtx")[0] for file in folder.glob("*matrix.mtx*")})
+    if len(prefixes) > 1:
+        raise SourceError(
+            f"the folder {folder} holds the matrices of {len(prefixes)} samples ({', '.join(prefixes[:5])})",
+            expected="one matrix.mtx",
+            fix="put each sample into a folder of its own",
+        )
+    return prefixes[0]
 
 
 def _from_anndata(adata: AnnData, name: str, path: Path | None) -> CellSource:
@@ -329,7 +350,7 @@ def _as_csr(rows: Any) -> sp.csr_matrix:
             fix="convert it, e.g. adata.X = adata.X.astype('float32')",
         )
     csr = sp.csr_matrix(rows)
-    shares_memory = isinstance(rows, (sp.spmatrix, sp.sparray)) and csr.data is rows.data
+    shares_memory = sp.issparse(rows) and csr.data is getattr(rows, "data", None)
     if not csr.has_sorted_indices or (csr.data == 0).any():
         csr = csr.copy() if shares_memory else csr
         csr.sum_duplicates()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import scipy.sparse as sp
@@ -19,9 +20,7 @@ CP10K = 1e4
 
 def depth_normalised(cells: CellCounts) -> sp.csr_matrix:
     """Return CP10K values, ``1e4 * count / library size``, as float64 CSR ``(n_cells, n_genes)``."""
-    scale = np.divide(
-        CP10K, cells.library_size, out=np.zeros_like(cells.library_size), where=cells.library_size > 0
-    )
+    scale = np.divide(CP10K, cells.library_size, out=np.zeros_like(cells.library_size), where=cells.library_size > 0)
     counts = cells.counts
     values = counts.data * np.repeat(scale, np.diff(counts.indptr))
     return sp.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape, copy=False)
@@ -68,11 +67,11 @@ class GeneStatistics:
         values = normalised.data
         return cls(
             n_cells=int((np.diff(cells.counts.indptr) > 0).sum()),
-            sum_cp10k=np.bincount(genes, weights=values, minlength=n_genes),
-            sum_xlogx=np.bincount(genes, weights=values * np.log(np.maximum(values, 1e-300)), minlength=n_genes),
+            sum_cp10k=_sums(genes, values, n_genes),
+            sum_xlogx=_sums(genes, values * np.log(np.maximum(values, 1e-300)), n_genes),
             n_detected=np.bincount(genes, minlength=n_genes).astype(np.int64),
             # float64 sums of integers are exact up to 2**53
-            sum_counts=np.bincount(genes, weights=cells.counts.data, minlength=n_genes).astype(np.int64),
+            sum_counts=_sums(genes, cells.counts.data, n_genes).astype(np.int64),
         )
 
     @classmethod
@@ -145,23 +144,37 @@ class GeneStatistics:
 
     def save(self, path: Path) -> None:
         """Write to ``.npz`` (no pickle)."""
-        np.savez_compressed(path, **{f.name: np.asarray(getattr(self, f.name)) for f in fields(self)})
+        arrays: dict[str, Any] = {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
+        np.savez_compressed(path, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read from ``.npz``; BundleError if fields are missing or differ in length."""
-        with np.load(path, allow_pickle=False) as archive:
-            names = {f.name for f in fields(cls)}
-            if set(archive.files) != names:
-                raise BundleError(
-                    f"{path.name} holds {sorted(archive.files)}",
-                    expected=f"{sorted(names)}",
-                    fix="the bundle was written by another version or damaged; fetch it again",
-                )
-            values = {name: archive[name] for name in names}
+        names = {f.name for f in fields(cls)}
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                values = {name: archive[name] for name in archive.files}
+        # NumPy raises each of these for some kind of damage, ValueError also for a pickle
+        except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+            raise BundleError(
+                f"{path.name} is damaged ({str(error).splitlines()[0][:120]})",
+                expected="an .npz file of plain arrays",
+                fix="fetch the bundle again",
+            ) from error
+        if set(values) != names:
+            raise BundleError(
+                f"{path.name} holds {sorted(values)}",
+                expected=f"{sorted(names)}",
+                fix="the bundle was written by another version or damaged; fetch it again",
+            )
         n_cells = int(values.pop("n_cells"))
         if len({array.shape for array in values.values()}) != 1:
             raise BundleError(
                 f"the arrays of {path.name} differ in length", expected="one value per gene", fix="fetch it again"
             )
         return cls(n_cells=n_cells, **values)
+
+
+def _sums(genes: NDArray[np.integer], values: NDArray[Any], n_genes: int) -> NDArray[np.float64]:
+    """Sum values by gene in float64."""
+    return np.bincount(genes, weights=values, minlength=n_genes).astype(np.float64)

@@ -88,10 +88,7 @@ def kmeans_nmi(z: NDArray[np.floating], labels: ArrayLike, *, seeds: range | lis
     truth = np.asarray(labels).astype(str)
     k = np.unique(truth).size
     return np.array(
-        [
-            normalized_mutual_info_score(truth, KMeans(k, n_init=1, random_state=seed).fit_predict(z))
-            for seed in seeds
-        ]
+        [normalized_mutual_info_score(truth, KMeans(k, n_init=1, random_state=seed).fit_predict(z)) for seed in seeds]
     )
 
 

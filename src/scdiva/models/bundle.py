@@ -95,7 +95,9 @@ def find_bundle(name_or_path: str | Path) -> Path:
     text = str(name_or_path)
     if text in BUNDLED:
         return bundled_path(text)
-    if text.count("/") == 1 and not text.startswith((".", "/", "~")) and not path.suffix and not path.parent.is_dir():
+    # a Hub name may hold a dot ("owner/model-v1.5"): only what is plainly a file is kept from the network
+    is_file_name = path.suffix.lower() in (".h5ad", ".h5", ".zarr", ".toml", ".json", ".safetensors", ".pt", ".ckpt")
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")) and not is_file_name and not path.parent.is_dir():
         return _download(text)
     raise BundleError(
         f"{text!r} is no model",
@@ -177,17 +179,16 @@ def read_bundle(path: Path) -> BundleContent:
         A file is missing, a hash differs, the layout is of another version, or the parts do not fit each other.
     """
     _verify(path)
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        labels = json.loads((path / LABELS).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise BundleError(f"{path} holds invalid JSON ({error})", expected="a bundle", fix="fetch it again") from error
+    config, labels = _read_object(path / CONFIG), _read_object(path / LABELS)
     if config.get("format") != FORMAT:
         raise BundleError(
             f"{path} has bundle format {config.get('format')!r}",
             expected=f"format {FORMAT}",
             fix="use the scdiva version that wrote it, or a newer one",
         )
+    absent = [key for key in ("family", "model", "vocabulary_fingerprint") if key not in config]
+    if absent:
+        raise BundleError(f"{path / CONFIG} lacks {', '.join(absent)}", expected="a bundle", fix="fetch it again")
     vocabulary = GeneVocabulary.read_tsv(path / VOCABULARY)
     if vocabulary.fingerprint != config["vocabulary_fingerprint"]:
         raise BundleError(
@@ -253,6 +254,17 @@ def bundle_hash(path: Path) -> str:
     return _sha256(path / MANIFEST)
 
 
+def _read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # neither JSON nor text
+        raise BundleError(f"{file} is no JSON ({error})", expected="a bundle", fix="fetch it again") from error
+    if not isinstance(value, dict):
+        raise BundleError(f"{file} holds a {type(value).__name__}", expected="a JSON object", fix="fetch it again")
+    return value
+
+
 def _verify(path: Path) -> None:
     if not (path / MANIFEST).exists():
         raise BundleError(
@@ -260,10 +272,7 @@ def _verify(path: Path) -> None:
             expected=f"a folder with {', '.join(FILES)} and {MANIFEST}",
             fix="give the folder that training or from_pretrained wrote",
         )
-    try:
-        hashes = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise BundleError(f"{path / MANIFEST} is damaged", expected="JSON", fix="fetch the bundle again") from error
+    hashes = _read_object(path / MANIFEST)
     for name in FILES:
         file = path / name
         if not file.exists():

@@ -40,7 +40,7 @@ def model_card(config: Mapping[str, Any], vocabulary: GeneVocabulary, n_paramete
         "",
         f"{n_parameters:,} parameters; embedding of {config['model']['n_latent']} dimensions; "
         f"{vocabulary.n_genes:,} genes{trimmed}.",
-        f"Trained parts: {', '.join(config.get('trained_heads', [])) or 'none'}. Other heads do not exist in this bundle.",
+        f"Trained parts: {', '.join(config.get('trained_heads', [])) or 'none'}; there are no others in this bundle.",
         "",
     ]
     if config.get("description"):
@@ -57,7 +57,8 @@ def model_card(config: Mapping[str, Any], vocabulary: GeneVocabulary, n_paramete
             "|---|---:|---:|---:|---|",
         ]
         lines += [
-            f"| {s['name']} | {s['n_cells']:,} | {s['n_genes']:,} | {s['coverage']:.1%} | {s['licence'] or 'not stated'} |"
+            f"| {s['name']} | {s['n_cells']:,} | {s['n_genes']:,} | {s['coverage']:.1%} "
+            f"| {s['licence'] or 'not stated'} |"
             for s in training["sources"]
         ]
         if training.get("base_model"):

@@ -1,4 +1,4 @@
-"""``check``: what is in a file, and can it be used?"""
+"""``check``: what is in a file, and whether it can be used."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def _full_report(source: CellSource, reader: CountsReader, min_coverage: float) 
         gene_ids=gene_identifiers(matrix.var)[2],
         genes=genes,
         coverage=alignment.umi_share(column_totals),
-        largest_unmatched={str(names[i]): float(column_totals[i] / total) for i in unused},
+        largest_unmatched={str(names[int(i)]): float(column_totals[i] / total) for i in unused},
         library_size=_summary(library_size),
         genes_per_cell=_summary(genes_per_cell),
         n_empty_cells=n_empty,

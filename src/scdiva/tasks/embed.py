@@ -18,7 +18,7 @@ from scdiva.models.base import Embedder, ProfileDecoder
 BatchSize = int | Literal["auto"]
 
 _AUTO_BLOCK = 1024
-"""Cells per block: beyond this, a block read costs memory and gains no speed (measured by benchmarks/embed_speed.py)."""
+"""Cells per block; larger ones cost memory and gain no speed."""
 _SMALLEST_BLOCK = 32
 
 
@@ -165,4 +165,3 @@ def _with_back_off(run: Callable[[Any], NDArray[np.float32]], cells: Any, *, can
     half = cells.n_cells // 2
     parts = (np.arange(half), np.arange(half, cells.n_cells))
     return np.concatenate([_with_back_off(run, cells.take(rows), can_shrink=True) for rows in parts])
-

@@ -24,7 +24,7 @@ from scdiva.models.scdiva.init import MAX_CELLS, init_network
 from scdiva.models.scdiva.model import ScDiVa
 from scdiva.models.scdiva.network import AnchorNetwork
 from scdiva.models.scdiva.objectives import SplitProfileObjective
-from scdiva.training import FitResult, draw_curve, fit
+from scdiva.training import FitResult, fit
 from scdiva.types import CellCollection
 
 if TYPE_CHECKING:
@@ -34,9 +34,6 @@ log = logging.getLogger(__name__)
 
 BUNDLE = "bundle"
 """Folder of the finished model within the folder of a run."""
-
-CURVE = "curve.png"
-"""Picture of the losses within the folder of a run."""
 
 MAX_CELLS_IN_MEMORY = 200_000
 """Corpora up to this size are read once; larger ones are read from disk block by block, in every epoch."""
@@ -100,9 +97,7 @@ def pretrain(config: RunConfig, out_dir: str | Path, *, progress: bool = True) -
     corpus = open_corpus_of(config, vocabulary)
     cells = _in_memory(corpus)
     groups = corpus.groups([file.batch_key for file in config.data.files])
-    train, heldout = hold_out(
-        groups, config.data.heldout_fraction, np.random.default_rng([config.seed, _SPLIT_STREAM])
-    )
+    train, heldout = hold_out(groups, config.data.heldout_fraction, np.random.default_rng([config.seed, _SPLIT_STREAM]))
     log.info(
         "%s cells to train on, %s held out, %s genes", f"{train.size:,}", f"{heldout.size:,}", f"{vocabulary.n_genes:,}"
     )
@@ -124,7 +119,9 @@ def pretrain(config: RunConfig, out_dir: str | Path, *, progress: bool = True) -
         "description": config.description,
         "license": config.licence,
         "trained_heads": ["anchor", "profile_decoder"],
-        "training": _training_record(corpus, groups, train, heldout, fitted, config, [f.licence for f in config.data.files]),
+        "training": _training_record(
+            corpus, groups, train, heldout, fitted, config, [f.licence for f in config.data.files]
+        ),
         "metrics": metrics,
     }
     model = ScDiVa(network, config.model, vocabulary, statistics, details=details)
@@ -235,7 +232,8 @@ def open_corpus_of(config: RunConfig, vocabulary: GeneVocabulary) -> CellCorpus:
     SourceError, ScaleError, GeneError, KeyNotFoundError
         A file cannot be used; names the first.
     """
-    readers, rows = [], []
+    readers: list[CountsReader] = []
+    rows: list[NDArray[np.int64] | None] = []
     for file in config.data.files:
         path = Path(config.data.root) / file.path
         reader = open_counts(path, vocabulary, layer=file.layer, min_coverage=config.data.min_coverage)
@@ -291,7 +289,6 @@ def _fit(
         monitor="profile_nll",
         progress=progress,
     )
-    draw_curve(fitted.history, out / CURVE, key="profile_nll")
     objective.eval()
     generator = torch.Generator().manual_seed(config.seed)
     totals: dict[str, float] = {}

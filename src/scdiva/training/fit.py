@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 StopReason = Literal["max_steps", "patience", "max_minutes"]
 
 # Settings that change how long a run goes on, what it writes and what it is called, not what it computes.
-_FREE_KEYS = frozenset({"name", "description", "licence"}) | frozenset(
+_FREE_KEYS = frozenset({"name", "description", "licence", "data.root"}) | frozenset(
     f"training.{name}" for name in ("max_steps", "max_minutes", "log_every", "checkpoint_every", "keep_checkpoints")
 )
 _N_NAMED_CELLS = 5
@@ -163,7 +163,7 @@ def fit(
             out,
             monitor,
             checkpoints,
-            ProgressReport(is_on=progress),
+            ProgressReport(is_on=progress and rank_zero_only.rank == 0),
             n_train=len(train),
             n_processes=world_size,
         )
@@ -283,7 +283,7 @@ class _Loop(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step, training = trainer.global_step, self.config.training
         if self.restored is not None:
-            pass
+            self.means.load_state_dict(self.restored["means"], pl_module.device)
             log.info("resuming after step %d", step)
         self.evaluation = fixed_minibatches(
             self.collection,

@@ -24,17 +24,18 @@ def normalised_matrix(cells: CellCounts) -> sp.csr_matrix:
     counts = cells.counts
     value = log1p_cp10k(cells)
     n_stored = np.diff(counts.indptr)
-    norm = np.sqrt(np.bincount(np.repeat(np.arange(n_stored.size), n_stored), weights=value.astype(float) ** 2,
-                               minlength=n_stored.size))
+    norm = np.sqrt(
+        np.bincount(
+            np.repeat(np.arange(n_stored.size), n_stored), weights=value.astype(float) ** 2, minlength=n_stored.size
+        )
+    )
     scale = np.divide(1.0, norm, out=np.zeros_like(norm), where=norm > 0)
     return sp.csr_matrix(
         (value * np.repeat(scale, n_stored).astype(np.float32), counts.indices, counts.indptr), shape=counts.shape
     )
 
 
-def corpus_components(
-    blocks: Iterable[CellCounts], n_components: int, seed: int
-) -> tuple[NDArray[np.float32], float]:
+def corpus_components(blocks: Iterable[CellCounts], n_components: int, seed: int) -> tuple[NDArray[np.float32], float]:
     """Decompose the corpus.
 
     Parameters

@@ -10,10 +10,11 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from scdiva.config import AnchorConfig
 from scdiva.data.statistics import CP10K, GeneStatistics
-from scdiva.errors import BundleError, GeneError
+from scdiva.errors import BundleError, ConfigError, GeneError
 from scdiva.genes import GeneVocabulary
 from scdiva.models import bundle
 from scdiva.models.card import model_card
@@ -96,7 +97,15 @@ class ScDiVa:
                 expected=repr(FAMILY),
                 fix="load it with the class of its family",
             )
-        config = AnchorConfig.model_validate(content.config["model"])
+        try:
+            config = AnchorConfig.model_validate(content.config["model"])
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise BundleError(
+                f"{path}: model.{'.'.join(map(str, first['loc']))} in its config.json: {first['msg']}",
+                expected="the settings of this scdiva version",
+                fix="use the scdiva version that wrote it, or a newer one",
+            ) from error
         network = AnchorNetwork(content.vocabulary.n_genes, config)
         bundle.load_strictly(network, bundle.read_weights(path), path)
         details = {key: content.config[key] for key in content.config if key not in ("format", "family", "model")}
@@ -147,7 +156,14 @@ class ScDiVa:
         """Move the weights; ``"auto"`` takes a GPU if there is one."""
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.network.to(device)
+        try:
+            self.network.to(device)
+        except (RuntimeError, AssertionError) as error:  # PyTorch says "not compiled with CUDA" by an assertion
+            raise ConfigError(
+                f"device {device!r} cannot be used here ({str(error).splitlines()[0][:120]})",
+                expected="auto, cpu, or cuda where there is a GPU",
+                fix="use device='cpu'",
+            ) from error
         return self
 
     @property

@@ -21,24 +21,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
+from scdiva.nn import ResidualMLP
+
 if TYPE_CHECKING:
     from scdiva.config import AnchorConfig
-
-
-class ResidualMLP(nn.Module):
-    """LayerNorm, Linear, SiLU, Linear; the last layer is zero at the start, so the whole adds nothing then."""
-
-    def __init__(self, n_in: int, n_hidden: int, n_out: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(n_in)
-        self.up = nn.Linear(n_in, n_hidden)
-        self.down = nn.Linear(n_hidden, n_out)
-        nn.init.zeros_(self.down.weight)
-        nn.init.zeros_(self.down.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``(B, n_in)`` to ``(B, n_out)``."""
-        return self.down(F.silu(self.up(self.norm(x))))
 
 
 class AnchorNetwork(nn.Module):
@@ -56,6 +42,8 @@ class AnchorNetwork(nn.Module):
     ``init_from_corpus`` sets everything that starts at a statistic of the corpus; without it the gene embeddings are
     small noise and the mean profile is flat.
     """
+
+    pool_scale: torch.Tensor
 
     def __init__(self, n_genes: int, config: AnchorConfig) -> None:
         super().__init__()

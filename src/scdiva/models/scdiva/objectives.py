@@ -95,6 +95,8 @@ class SplitProfileObjective(nn.Module):
         Range of rho, weight of the KL term and noise on z.
     """
 
+    floor_log_profile: torch.Tensor
+
     def __init__(self, network: AnchorNetwork, config: AnchorObjectiveConfig) -> None:
         super().__init__()
         self.network = network

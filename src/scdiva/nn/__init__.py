@@ -1,0 +1,5 @@
+"""Building blocks of networks, without domain words."""
+
+from scdiva.nn.mlp import ResidualMLP
+
+__all__ = ["ResidualMLP"]
