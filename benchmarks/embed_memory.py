@@ -97,9 +97,8 @@ def main() -> None:
                 f"{peak - base[1]:,.0f} MB above the model"
             )
         )
-        print(
-            f"{n_cells:>9,} cells, {path.stat().st_size / 1e6:,.0f} MB on disk: {seconds:.1f} s, peak {peak:,.0f} MB{extra}"
-        )
+        size = path.stat().st_size / 1e6
+        print(f"{n_cells:>9,} cells, {size:,.0f} MB on disk: {seconds:.1f} s, peak {peak:,.0f} MB{extra}")
         print(f"          {line}")
 
 

@@ -118,20 +118,16 @@ def test_random_order_is_seeded_and_keeps_a_random_subset(statistics):
         serialize(cells, statistics, order="random")
 
 
-def test_blocks_beyond_one_integer_key_are_ranked_alike(statistics):
+def test_blocks_beyond_one_integer_key_are_ranked_alike():
     import scdiva.serialization as module
 
-    n_genes = 2**26  # leaves 6 bits for the rows of one sort
-    rng = np.random.default_rng(0)
-    import scipy.sparse as sp
-
-    n_cells = 150
-    genes = np.sort(np.stack([rng.choice(n_genes, 5, replace=False) for _ in range(n_cells)]), axis=1)
-    score = rng.random((n_cells, 5), dtype=np.float32)
-    matrix = sp.csr_matrix((score.ravel(), genes.ravel(), np.arange(0, 5 * n_cells + 1, 5)), shape=(n_cells, n_genes))
-    ranked = module._rank_within_rows(matrix.data, matrix.indices, np.full(n_cells, 5), n_genes)
-    expected = np.argsort(-score, axis=1, kind="stable") + np.arange(0, 5 * n_cells, 5)[:, None]
-    np.testing.assert_array_equal(ranked.reshape(n_cells, 5), expected)
+    # one long row takes 17 bits of the key, which leaves 15 bits for the rows of one sort
+    n_stored = np.concatenate([np.full(40_000, 2), [70_000]])
+    score = np.random.default_rng(0).random(n_stored.sum(), dtype=np.float32)
+    ranked = module._rank_within_rows(score, n_stored)
+    pairs = np.argsort(-score[:80_000].reshape(-1, 2), axis=1, kind="stable") + np.arange(0, 80_000, 2)[:, None]
+    np.testing.assert_array_equal(ranked[:80_000].reshape(-1, 2), pairs)
+    np.testing.assert_array_equal(ranked[80_000:], 80_000 + np.argsort(-score[80_000:], kind="stable"))
 
 
 def test_no_cells_and_empty_cells_have_no_tokens(statistics):
