@@ -54,7 +54,7 @@ class FileConfig(Section):
     """One file of the training corpus."""
 
     path: str
-    """Path of the file, absolute or relative to ``data.root``."""
+    """Path of the file, or of a folder of files, absolute or relative to ``data.root``."""
     layer: OptionalName = None
     """Layer that holds the raw counts; empty: find it."""
     batch_key: OptionalName = None

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from scdiva.data.output import check_output, write_with_slots
 from scdiva.data.reader import MIN_COVERAGE, open_counts
 from scdiva.data.source import open_source
-from scdiva.errors import OutputError
 from scdiva.tasks.embed import BatchSize, Embedding
 from scdiva.tasks.embed import embed as _embed
 
@@ -133,12 +132,6 @@ def embed_file(
         library_size_key=library_size_key,
         on_block=on_block,
     )
-    if result.denoised is not None and reader.found.matrix.name == "raw.X":
-        raise OutputError(
-            "denoised expression of genes of .raw has no layer to go to",
-            expected="counts in X or a layer",
-            fix="leave --denoise out, or move the counts to a layer",
-        )
     slots: dict[str, Any] = {f"obsm/{key_added}": result.z, "uns/scdiva/embed": dict(result.record)}
     if result.denoised is not None:
         slots["layers/scdiva_denoised"] = result.denoised

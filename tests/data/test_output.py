@@ -3,7 +3,7 @@ from __future__ import annotations
 import anndata as ad
 import numpy as np
 import pytest
-import ten_x
+import ten_x_files
 from conftest import files_under
 
 from scdiva.data.output import check_output, replacing, write_with_slots
@@ -51,7 +51,7 @@ def test_the_output_is_the_input_with_new_slots(kind_in, kind_out, rich, tmp_pat
 
 
 def test_ten_x_input_becomes_an_anndata_file(adata, tmp_path):
-    source = open_source(ten_x.write_h5_v3(adata, tmp_path / "raw.h5"))
+    source = open_source(ten_x_files.write_h5_v3(adata, tmp_path / "raw.h5"))
     write_with_slots(source, tmp_path / "out.h5ad", SLOTS)
     found = ad.read_h5ad(tmp_path / "out.h5ad")
     np.testing.assert_array_equal(found.X[:, :200].toarray(), adata.X.toarray())

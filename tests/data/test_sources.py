@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-import ten_x
+import ten_x_files
 
 from scdiva.data.reader import open_counts
 from scdiva.data.source import open_source
@@ -91,10 +91,10 @@ def test_text_paths_work_as_well(h5ad, expected, vocabulary):
 @pytest.mark.parametrize("form", ["h5 v3", "mtx v3", "mtx v3 with prefix", "mtx v2"])
 def test_ten_x_output_gives_the_same_cells(form, adata, expected, vocabulary, tmp_path):
     path = {
-        "h5 v3": lambda: ten_x.write_h5_v3(adata, tmp_path / "raw.h5"),
-        "mtx v3": lambda: ten_x.write_mtx_v3(adata, tmp_path / "filtered"),
-        "mtx v3 with prefix": lambda: ten_x.write_mtx_v3(adata, tmp_path / "geo", prefix="GSM1_s_"),
-        "mtx v2": lambda: ten_x.write_mtx_v2(adata, tmp_path / "hg19"),
+        "h5 v3": lambda: ten_x_files.write_h5_v3(adata, tmp_path / "raw.h5"),
+        "mtx v3": lambda: ten_x_files.write_mtx_v3(adata, tmp_path / "filtered"),
+        "mtx v3 with prefix": lambda: ten_x_files.write_mtx_v3(adata, tmp_path / "geo", prefix="GSM1_s_"),
+        "mtx v2": lambda: ten_x_files.write_mtx_v2(adata, tmp_path / "hg19"),
     }[form]()
     # antibodies count neither as genes nor towards the depth
     assert_equal(read_all(path, vocabulary), expected)
@@ -103,14 +103,14 @@ def test_ten_x_output_gives_the_same_cells(form, adata, expected, vocabulary, tm
 
 def test_a_folder_with_the_matrices_of_two_samples_is_refused(adata, tmp_path):
     for prefix in ("GSM1_", "GSM2_"):
-        ten_x.write_mtx_v3(adata, tmp_path / "geo", prefix=prefix)
+        ten_x_files.write_mtx_v3(adata, tmp_path / "geo", prefix=prefix)
     with pytest.raises(SourceError, match="GSM1_"):
         open_source(tmp_path / "geo")
 
 
 @pytest.mark.parametrize("missing", ["features.tsv.gz", "barcodes.tsv.gz"])
 def test_an_incomplete_ten_x_folder_is_refused(missing, adata, tmp_path):
-    folder = ten_x.write_mtx_v3(adata, tmp_path / "filtered")
+    folder = ten_x_files.write_mtx_v3(adata, tmp_path / "filtered")
     (folder / missing).unlink()
     with pytest.raises(SourceError, match="10x"):
         open_source(folder)

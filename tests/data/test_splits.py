@@ -6,13 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scdiva.data.splits import hold_out
+from scdiva.errors import SourceError
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.sampled_from("abcdef"), min_size=4, max_size=60), st.floats(0.05, 0.4), st.integers(0, 9))
+@given(st.lists(st.sampled_from("abcdef"), min_size=2, max_size=60), st.floats(0.01, 0.99), st.integers(0, 9))
 def test_every_cell_is_on_one_side(groups, fraction, seed):
     train, heldout = hold_out(groups, fraction, np.random.default_rng(seed))
     np.testing.assert_array_equal(np.sort(np.concatenate([train, heldout])), np.arange(len(groups)))
+    assert len(train) >= 1
     assert len(heldout) >= 1
     assert (np.diff(train) > 0).all()
     assert (np.diff(heldout) > 0).all()
@@ -42,3 +44,9 @@ def test_the_split_is_seeded():
     first, again, *others = (hold_out(groups, 0.2, np.random.default_rng(s))[1] for s in (0, 0, 1, 2, 3))
     np.testing.assert_array_equal(first, again)
     assert any(set(first) != set(other) for other in others)
+
+
+@pytest.mark.parametrize("groups", [[], ["a"]])
+def test_fewer_than_two_cells_cannot_be_split(groups):
+    with pytest.raises(SourceError, match=f"{len(groups)} cell"):
+        hold_out(groups, 0.5, np.random.default_rng(0))

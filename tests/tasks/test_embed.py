@@ -57,9 +57,8 @@ class TestTheSameCellsGiveTheSameEmbedding:
 
     def test_from_a_layer_raw_or_log_data(self, adata, tiny_model, reference):
         counts = adata.X.copy()
-        adata.X = sp.csr_matrix(np.log1p(counts.toarray() * (1e4 / counts.sum(axis=1)).A)) if hasattr(
-            counts.sum(axis=1), "A"
-        ) else sp.csr_matrix(np.log1p(counts.toarray() * np.asarray(1e4 / counts.sum(axis=1))))
+        dense = counts.toarray()
+        adata.X = sp.csr_matrix(np.log1p(dense * (1e4 / dense.sum(axis=1, keepdims=True))))
         np.testing.assert_array_equal(embedded(adata, tiny_model), reference)
         adata.layers["counts"] = counts
         np.testing.assert_array_equal(embedded(adata, tiny_model, layer="counts"), reference)
@@ -136,11 +135,11 @@ class TestWhatIsWritten:
             assert record["coverage"] == pytest.approx(adata.layers["umis"][:, 10:].sum() / total)
 
     def test_cells_without_a_count_are_embedded_and_counted(self, adata, tiny_model):
-        adata.X = adata.X.tolil()
-        adata.X[[3, 8]] = 0
-        adata.X[60, 10:] = 0  # counts only in genes that the model does not have
-        adata.X[60, 2] = 5
-        adata.X = adata.X.tocsr()
+        counts = adata.X.toarray()
+        counts[[3, 8]] = 0
+        counts[60, 10:] = 0  # counts only in genes that the model does not have
+        counts[60, 2] = 5
+        adata.X = sp.csr_matrix(counts)
         sd.tl.embed(adata, tiny_model)
         z = adata.obsm["X_scdiva"]
         assert adata.uns["scdiva"]["embed"]["n_empty_cells"] == 3
@@ -156,47 +155,40 @@ class TestWhatIsWritten:
 
 
 class TestDenoise:
-    GENES = ("FGR", "ENSG00000000938", "NFYA")  # the first two are one gene
-
-    def columns(self, adata):
-        return [adata.var_names.get_loc(name) for name in ("FGR", "NFYA")]
-
     @pytest.fixture(autouse=True)
-    def _vocabulary_has_the_genes(self, adata, tiny_model):
-        # FGR and NFYA are the sixth and tenth gene, which the tiny model lacks: use others of its own
-        names = adata.var_names[[30, 55]]
-        self.GENES = (names[1], adata.var["ensembl_id"].iloc[30])
+    def _choose(self, adata):
         self.positions = [55, 30]
+        self.genes = (adata.var_names[55], adata.var["ensembl_id"].iloc[30])  # by symbol, by id
 
     def test_only_the_chosen_columns_are_filled(self, adata, tiny_model):
-        result = sd.tl.embed(adata, tiny_model, denoise=self.GENES, copy=True)
+        result = sd.tl.embed(adata, tiny_model, denoise=self.genes, copy=True)
         layer = sp.csr_matrix(result.layers["scdiva_denoised"])
         assert layer.shape == (120, 200)
         assert layer.dtype == np.float32
         assert set(layer.nonzero()[1]) == set(self.positions)
-        genes = tiny_model.vocabulary.find(self.GENES)
+        genes = tiny_model.vocabulary.find(self.genes)
         expected = np.log1p(tiny_model.expected_profile(result.obsm["X_scdiva"], genes))
         np.testing.assert_allclose(layer[:, self.positions].toarray(), expected, rtol=1e-6)
         record = result.uns["scdiva"]["embed"]
-        assert list(record["denoised_genes"]) == list(self.GENES)
+        assert list(record["denoised_genes"]) == list(self.genes)
         assert record["denoised_unit"] == "log1p of expected CP10K"
 
     def test_the_unit_is_that_of_log_normalised_counts(self, adata, tiny_model):
-        result = sd.tl.embed(adata, tiny_model, denoise=self.GENES, copy=True)
+        result = sd.tl.embed(adata, tiny_model, denoise=self.genes, copy=True)
         values = np.expm1(result.layers["scdiva_denoised"][:, self.positions].toarray()).mean(axis=0)
         observed = adata.X.toarray()[:, 10:]
         observed = (observed * 1e4 / observed.sum(axis=1, keepdims=True)).mean(axis=0)[[p - 10 for p in self.positions]]
         np.testing.assert_allclose(values, observed, rtol=0.35)
 
     def test_a_gene_named_twice_is_one_gene(self, adata, tiny_model):
-        once = sd.tl.embed(adata, tiny_model, denoise=self.GENES[:1], copy=True).layers["scdiva_denoised"]
+        once = sd.tl.embed(adata, tiny_model, denoise=self.genes[:1], copy=True).layers["scdiva_denoised"]
         alias = adata.var["ensembl_id"].iloc[55]
-        twice = sd.tl.embed(adata, tiny_model, denoise=[self.GENES[0], self.GENES[0], alias], copy=True)
+        twice = sd.tl.embed(adata, tiny_model, denoise=[self.genes[0], self.genes[0], alias], copy=True)
         np.testing.assert_array_equal(twice.layers["scdiva_denoised"].toarray(), once.toarray())
 
     def test_other_genes_in_the_list_change_nothing(self, adata, tiny_model):
-        one = sd.tl.embed(adata, tiny_model, denoise=self.GENES[:1], copy=True).layers["scdiva_denoised"]
-        two = sd.tl.embed(adata, tiny_model, denoise=self.GENES, copy=True).layers["scdiva_denoised"]
+        one = sd.tl.embed(adata, tiny_model, denoise=self.genes[:1], copy=True).layers["scdiva_denoised"]
+        two = sd.tl.embed(adata, tiny_model, denoise=self.genes, copy=True).layers["scdiva_denoised"]
         np.testing.assert_allclose(two[:, [55]].toarray(), one[:, [55]].toarray(), rtol=1e-6)
 
     @pytest.mark.parametrize(("gene", "words"), [("NOSUCHGENE", "NOSUCHGENE"), ("TSPAN6", "not in this vocabulary")])
@@ -211,8 +203,8 @@ class TestDenoise:
             sd.tl.embed(adata, tiny_model, denoise=[absent])
 
     def test_file_and_memory_agree(self, h5ad, adata, tiny_model, tmp_path):
-        sd.tl.embed_file(h5ad, tmp_path / "out.h5ad", tiny_model, denoise=self.GENES)
-        sd.tl.embed(adata, tiny_model, denoise=self.GENES)
+        sd.tl.embed_file(h5ad, tmp_path / "out.h5ad", tiny_model, denoise=self.genes)
+        sd.tl.embed(adata, tiny_model, denoise=self.genes)
         found = ad.read_h5ad(tmp_path / "out.h5ad").layers["scdiva_denoised"]
         np.testing.assert_array_equal(found.toarray(), adata.layers["scdiva_denoised"].toarray())
 

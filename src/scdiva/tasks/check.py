@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from scdiva.data.source import DataLike
 
 _BLOCK = 2048
+_PANEL = 2000
+"""With fewer genes than this, the sum over them says little about a cell's depth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +190,11 @@ def _warnings(reader: CountsReader, genes: Mapping[str, int], n_empty: int, n_du
         found.append(
             f"{genes['n_excel_damaged']} gene names were turned into dates by a spreadsheet (such as 2-Sep): "
             "take the names from the original file"
+        )
+    if genes["n_genes"] < _PANEL and reader.library_size_key is None:
+        found.append(
+            f"only {genes['n_genes']} genes of the vocabulary are measured: if this is a panel of a larger experiment, "
+            "name the .obs column with each cell's total UMIs (library_size_key)"
         )
     if genes["ambiguous"]:
         shown = ", ".join(reader.alignment.names_with(GeneStatus.AMBIGUOUS)[:5])

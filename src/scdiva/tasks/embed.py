@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from scdiva.data.loader import ordered_blocks
 from scdiva.data.reader import CountsReader
-from scdiva.errors import GeneError, ScdivaError
+from scdiva.errors import GeneError, OutputError, ScdivaError
 from scdiva.models.base import Embedder, ProfileDecoder
 
 BatchSize = int | Literal["auto"]
@@ -73,6 +73,8 @@ def embed(
     ------
     GeneError
         The reader is aligned to another vocabulary, or a gene to denoise is unknown to the model or not in the file.
+    OutputError
+        Genes to denoise were asked for, and the counts are those of ``.raw``.
     """
     if reader.alignment.vocabulary.fingerprint != model.vocabulary.fingerprint:
         raise GeneError(
@@ -122,6 +124,12 @@ def _genes_to_denoise(
         raise GeneError(
             f"{type(model).__name__} cannot denoise", expected="a model with a profile decoder", fix="use scDiVa"
         )
+    if reader.found.matrix.name == "raw.X":
+        raise OutputError(
+            "denoised expression of genes of .raw has no layer to go to",
+            expected="counts in X or a layer",
+            fix="ask for no genes to denoise, or move the counts to a layer",
+        )
     genes = model.vocabulary.find(names)
     columns = reader.alignment.source_of_gene()
     absent = [name for name, gene in zip(names, genes, strict=True) if int(gene) not in columns]
@@ -131,7 +139,9 @@ def _genes_to_denoise(
             expected="genes of the file, since the result is a layer of it",
             fix="leave them out, or call model.expected_profile for genes the file does not have",
         )
-    return model, np.asarray(genes, dtype=np.int64), np.array([columns[int(gene)][0] for gene in genes], dtype=np.int64)
+    # a gene may be named twice, by symbol and by id: its column is written once
+    genes = np.array(list(dict.fromkeys(int(gene) for gene in genes)), dtype=np.int64)
+    return model, genes, np.array([columns[int(gene)][0] for gene in genes], dtype=np.int64)
 
 
 def _scatter(values: NDArray[np.float32], columns: NDArray[np.int64], n_features: int) -> sp.csr_matrix:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scdiva.config import AnchorObjectiveConfig, LoopConfig, RunConfig
+from scdiva.config import AnchorObjectiveConfig, FileConfig, LoopConfig, RunConfig
 from scdiva.data.loader import fixed_minibatches, ordered_blocks
-from scdiva.data.reader import MIN_COVERAGE, CellCorpus, CellsInMemory, CountsReader, open_counts
+from scdiva.data.reader import MIN_COVERAGE, CellCorpus, CellsInMemory, CountsReader, list_sources, open_counts
 from scdiva.data.source import open_source
 from scdiva.data.splits import hold_out
 from scdiva.data.statistics import GeneStatistics
@@ -96,7 +96,8 @@ def pretrain(config: RunConfig, out_dir: str | Path, *, progress: bool = True) -
     vocabulary = _seen_genes(corpus, config.data.min_cells_per_gene)
     corpus = open_corpus_of(config, vocabulary)
     cells = _in_memory(corpus)
-    groups = corpus.groups([file.batch_key for file in config.data.files])
+    files = [file for file, _ in _sources_of(config)]
+    groups = corpus.groups([file.batch_key for file in files])
     train, heldout = hold_out(groups, config.data.heldout_fraction, np.random.default_rng([config.seed, _SPLIT_STREAM]))
     log.info(
         "%s cells to train on, %s held out, %s genes", f"{train.size:,}", f"{heldout.size:,}", f"{vocabulary.n_genes:,}"
@@ -119,9 +120,7 @@ def pretrain(config: RunConfig, out_dir: str | Path, *, progress: bool = True) -
         "description": config.description,
         "license": config.licence,
         "trained_heads": ["anchor", "profile_decoder"],
-        "training": _training_record(
-            corpus, groups, train, heldout, fitted, config, [f.licence for f in config.data.files]
-        ),
+        "training": _training_record(corpus, groups, train, heldout, fitted, config, [f.licence for f in files]),
         "metrics": metrics,
     }
     model = ScDiVa(network, config.model, vocabulary, statistics, details=details)
@@ -210,7 +209,7 @@ def adaptation_config(n_cells: int, *, seed: int = 0) -> LoopConfig:
         {
             "seed": seed,
             "data": {"heldout_fraction": 0.1},
-            "optim": {"lr": 3e-4, "warmup_steps": 20, "ema_decay": 0.99},
+            "optim": {"lr": 1e-3, "warmup_steps": 20, "ema_decay": 0.99},
             "training": {
                 "max_steps": 600,
                 "batch_size": min(128, max(16, n_cells // 8)),
@@ -234,8 +233,7 @@ def open_corpus_of(config: RunConfig, vocabulary: GeneVocabulary) -> CellCorpus:
     """
     readers: list[CountsReader] = []
     rows: list[NDArray[np.int64] | None] = []
-    for file in config.data.files:
-        path = Path(config.data.root) / file.path
+    for file, path in _sources_of(config):
         reader = open_counts(path, vocabulary, layer=file.layer, min_coverage=config.data.min_coverage)
         readers.append(reader)
         if not file.exclude_batches:
@@ -253,8 +251,21 @@ def open_corpus_of(config: RunConfig, vocabulary: GeneVocabulary) -> CellCorpus:
                 expected=f"some of {', '.join(sorted(set(batch))[:20])}",
                 fix="correct exclude_batches",
             )
-        rows.append(np.flatnonzero(~np.isin(batch, file.exclude_batches)))
+        kept = np.flatnonzero(~np.isin(batch, file.exclude_batches))
+        if kept.size == 0:
+            raise ConfigError(
+                f"exclude_batches leaves no cell of {file.path}",
+                expected="some batches to train on",
+                fix="leave the file out, or exclude fewer batches",
+            )
+        rows.append(kept)
     return CellCorpus(tuple(readers), tuple(rows))
+
+
+def _sources_of(config: RunConfig) -> list[tuple[FileConfig, Path]]:
+    """Return every source of the corpus with its settings; a folder of files stands for all of them."""
+    root = Path(config.data.root)
+    return [(file, path) for file in config.data.files for path in list_sources([root / file.path])]
 
 
 def _seen_genes(corpus: CellCorpus, min_cells: int) -> GeneVocabulary:
@@ -262,7 +273,14 @@ def _seen_genes(corpus: CellCorpus, min_cells: int) -> GeneVocabulary:
     n_detected = np.zeros(corpus.vocabulary.n_genes, dtype=np.int64)
     for block in ordered_blocks(corpus, _BLOCK):
         n_detected += np.bincount(block.counts.indices, minlength=n_detected.size)
-    return corpus.vocabulary.subset(n_detected >= min_cells)
+    is_seen = n_detected >= min_cells
+    if not is_seen.any():
+        raise ConfigError(
+            f"data.min_cells_per_gene = {min_cells}: no gene is detected in so many cells",
+            expected=f"at most {n_detected.max()}, the cells of the most frequent gene",
+            fix="lower data.min_cells_per_gene",
+        )
+    return corpus.vocabulary.subset(is_seen)
 
 
 def _in_memory(corpus: CellCorpus) -> CellCollection:

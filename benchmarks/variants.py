@@ -1,0 +1,137 @@
+"""What was tried for the anchor: variants of pre-training and of adaptation, trained and judged by one command.
+
+    python benchmarks/variants.py pretrain --data FOLDER --out docs/results/variants_pretrain.md
+    python benchmarks/variants.py adapt --data FOLDER --model scdiva-blood-tiny --out docs/results/variants_adapt.md
+
+Judged by the held-out split-view NLL (what training minimises) and by 15-nn accuracy / macro-F1 on sets that training
+never saw (means over three seeds of the folds). One training seed per variant; the base has three, to show how far
+seeds alone spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from embedding import scored_cells
+
+from scdiva.config import AnchorObjectiveConfig, RunConfig, apply_overrides, load_config
+from scdiva.data.reader import open_counts
+from scdiva.metrics import kmeans_nmi, knn_scores
+from scdiva.models.scdiva import ScDiVa
+from scdiva.tasks.embed import embed
+from scdiva.tasks.pretrain import adapt, adaptation_config, pretrain
+
+SETS = ("zheng_sorted7_3500", "pbmc3k", "breast_immune_spectra_1k", "pancreas_baron_h1")
+
+# the configuration that all variants start from, so that each row differs in what it says and nothing else
+COMMON = ["training.max_steps=1000", "training.patience=0", "training.validate_every=100"]
+PRETRAIN = {
+    "no training: SVD start": ["training.max_steps=1", "optim.lr=1e-9"],
+    "base": [],
+    "base, seed 1": ["seed=1"],
+    "base, seed 2": ["seed=2"],
+    "random gene embeddings instead of SVD": ["model.init=random", "model.embedding_std=0.09"],
+    "32 dimensions": ["model.n_latent=32", "model.n_embedding=32"],
+    "64 dimensions": ["model.n_latent=64", "model.n_embedding=64"],
+    "KL weight 1e-5": ["objective.kl_weight=1e-5"],
+    "KL weight 1e-4": ["objective.kl_weight=1e-4"],
+    "KL weight 5e-4 (the ELBO of a cell of 2,000 UMIs)": ["objective.kl_weight=5e-4"],
+    "noise 0.5 on z": ["objective.latent_noise=0.5"],
+    "rho in (0.3, 0.7)": ["objective.rho_min=0.3", "objective.rho_max=0.7"],
+    "learning rate 3e-4": ["optim.lr=3e-4"],
+    "256 dimensions": ["model.n_latent=256", "model.n_embedding=256"],
+}
+ADAPT: dict[str, tuple[dict[str, float], list[str]]] = {
+    "base: learning rate 1e-3": ({}, []),
+    "learning rate 3e-4": ({}, ["optim.lr=3e-4"]),
+    "learning rate 2e-3": ({}, ["optim.lr=2e-3"]),
+    "KL weight 5e-4": ({"kl_weight": 5e-4}, []),
+    "noise 0.5 on z": ({"latent_noise": 0.5}, []),
+    "1,500 steps at most": ({}, ["training.max_steps=1500"]),
+}
+
+
+def judge(model: ScDiVa, data: Path, names: tuple[str, ...]) -> list[str]:
+    cells = []
+    for name in names:
+        is_scored, labels = scored_cells(data / f"{name}.h5ad")
+        z = embed(open_counts(data / f"{name}.h5ad", model.vocabulary), model).z[is_scored]
+        folds = [knn_scores(z, labels, seed=seed) for seed in range(3)]
+        nmi = kmeans_nmi(z, labels, seeds=list(range(5))).mean()
+        accuracy, f1 = np.mean([f.accuracy for f in folds]), np.mean([f.macro_f1 for f in folds])
+        cells.append(f"{accuracy:.3f} / {f1:.3f} / {nmi:.2f}")
+    return cells
+
+
+def run_pretrain(arguments: argparse.Namespace) -> list[str]:
+    base = apply_overrides(
+        load_config(arguments.config, RunConfig), [f"data.root={json.dumps(str(arguments.data))}", *COMMON]
+    )
+    rows = [header("variant", SETS)]
+    for name, overrides in PRETRAIN.items():
+        trained = pretrain(apply_overrides(base, overrides), arguments.runs / slug(name), progress=False)
+        nll, floor = trained.metrics["heldout_profile_nll"], trained.metrics["heldout_profile_nll_floor"]
+        cells = [
+            name,
+            f"{nll:.4f}",
+            f"{floor:.4f}",
+            str(trained.fit.best_step),
+            *judge(trained.model, arguments.data, SETS),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+        print(rows[-1], flush=True)
+    return rows
+
+
+def run_adapt(arguments: argparse.Namespace) -> list[str]:
+    base = ScDiVa.from_pretrained(arguments.model, device="cpu")
+    rows = []
+    for name in SETS[:3]:
+        path = arguments.data / f"{name}.h5ad"
+        rows += ["", f"{name}:", "", header("variant", (name,))]
+        rows.append(f"| not adapted | | | | {judge(base, arguments.data, (name,))[0]} |")
+        for variant, (objective, overrides) in ADAPT.items():
+            config = apply_overrides(adaptation_config(len(scored_cells(path)[0])), overrides)
+            out = arguments.runs / f"{name}_{slug(variant)}"
+            shutil.rmtree(out, ignore_errors=True)
+            settings = AnchorObjectiveConfig(**objective)
+            trained = adapt(path, base, out, config=config, objective=settings, progress=False)
+            nll, floor = trained.metrics["heldout_profile_nll"], trained.metrics["heldout_profile_nll_floor"]
+            cells = [variant, f"{nll:.4f}", f"{floor:.4f}", str(trained.fit.best_step)]
+            rows.append(f"| {' | '.join([*cells, *judge(trained.model, arguments.data, (name,))])} |")
+            print(name, rows[-1], flush=True)
+    return rows
+
+
+def header(first: str, names: tuple[str, ...]) -> str:
+    titles = [first, "held-out NLL", "floor", "best step", *(f"{n}: accuracy / macro-F1 / NMI" for n in names)]
+    return f"| {' | '.join(titles)} |\n|---|{'---:|' * (len(titles) - 1)}"
+
+
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)[:40]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("pretrain", "adapt"))
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--config", type=Path, default=Path("configs/blood-tiny.toml"))
+    parser.add_argument("--model", default="scdiva-blood-tiny")
+    parser.add_argument("--runs", type=Path, default=Path("runs/variants"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = run_pretrain(arguments) if arguments.what == "pretrain" else run_adapt(arguments)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
