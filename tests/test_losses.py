@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import twins
 from scdiva.losses import profile_nll
 
 

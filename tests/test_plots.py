@@ -20,6 +20,6 @@ def test_a_picture_is_written_whole_or_not_at_all(adata, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("color", "basis"), [("donor", "X_umap"), ("cell_type", "X_tsne")])
 def test_what_is_missing_is_named(color, basis, adata, tmp_path):
     adata.obsm["X_umap"] = np.zeros((120, 2))
-    with pytest.raises(KeyNotFoundError, match="donor|X_tsne"):
+    with pytest.raises(KeyNotFoundError, match=color if color == "donor" else basis):
         sd.pl.umap(adata, tmp_path / "a.png", color=color, basis=basis)
     assert list(tmp_path.iterdir()) == []

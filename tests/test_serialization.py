@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+import twins
 from scdiva.data.statistics import GeneStatistics
 from scdiva.serialization import TokenOrder, collate, serialize, to_counts
 from scdiva.types import CellCounts
@@ -31,9 +31,7 @@ def test_tokens_equal_a_sort_per_cell(dense, outside, max_tokens, order, corpus,
     library = dense.sum(axis=1) + outside
     tokens = serialize(twins.cell_counts(dense, library), statistics, max_tokens=max_tokens, order=order)
     entropy = twins.normalised_entropy(corpus)
-    expected = [
-        twins.tokens_of_cell(row, n, entropy, max_tokens, order) for row, n in zip(dense, library, strict=True)
-    ]
+    expected = [twins.tokens_of_cell(row, n, entropy, max_tokens, order) for row, n in zip(dense, library, strict=True)]
     assert tokens.gene_id_BL.shape == (len(dense), max(map(len, expected)))
     for i, cell in enumerate(expected):
         n = len(cell)
@@ -54,7 +52,9 @@ def test_a_cell_gets_the_same_tokens_whatever_its_company(dense, order, max_toke
     cells = twins.cell_counts(dense)
     together = serialize(cells, statistics, max_tokens=max_tokens, order=order)
     shuffled = np.random.default_rng(seed).permutation(len(dense))
-    apart = collate([serialize(cells.take(np.array([i])), statistics, max_tokens=max_tokens, order=order) for i in shuffled])
+    apart = collate(
+        [serialize(cells.take(np.array([i])), statistics, max_tokens=max_tokens, order=order) for i in shuffled]
+    )
     for name in ("gene_id_BL", "value_BL", "count_BL", "is_pad_BL", "n_detected_B"):
         np.testing.assert_array_equal(getattr(apart, name), getattr(together, name)[shuffled])
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import twins
 
+import twins
 from scdiva.baselines import CorpusPCA, pca_of_hvg, random_projection
 from scdiva.data.reader import open_counts
 from scdiva.genes import GeneVocabulary

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import scipy.sparse as sp
+
 import ten_x_files
 from conftest import files_under
 
@@ -354,7 +355,9 @@ def broken_bundle(p: Place) -> Path:
 
 ARGUMENTS: dict[str, tuple[Callable[[Place], list], tuple[str, ...]]] = {
     "check: unknown layer": (lambda p: ["check", p.good, "--layer", "spliced"], ("'spliced'", "X")),
-    "check: unknown library size column": (lambda p: ["check", p.good, "--library-size-key", "n"], ("'n'", "cell_type")),
+    "check: unknown library size column": (
+        lambda p: ["check", p.good, "--library-size-key", "n"], ("'n'", "cell_type")
+    ),
     "check: library size that is no number": (
         lambda p: ["check", p.good, "--library-size-key", "cell_type"], ("cell_type", "positive")
     ),
@@ -450,7 +453,8 @@ ARGUMENTS: dict[str, tuple[Callable[[Place], list], tuple[str, ...]]] = {
         ("min_cells_per_gene",),
     ),
     "finetune: unknown batch column": (
-        lambda p: ["finetune", p.good, "--out", p.out / "run", "--model", p.bundle, "--batch-key", "donor"], ("'donor'",)
+        lambda p: ["finetune", p.good, "--out", p.out / "run", "--model", p.bundle, "--batch-key", "donor"],
+        ("'donor'",),
     ),
     "finetune: unknown layer": (
         lambda p: ["finetune", p.good, "--out", p.out / "run", "--model", p.bundle, "--layer", "spliced"],

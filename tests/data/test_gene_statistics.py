@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+import twins
 from scdiva.data.statistics import GeneStatistics
 from scdiva.errors import BundleError
 
@@ -27,7 +27,9 @@ def of(dense: np.ndarray, **options) -> GeneStatistics:
 
 
 @settings(max_examples=25, deadline=None)
-@given(arrays(np.int64, st.tuples(st.integers(2, 8), st.integers(1, 6)), elements=st.integers(0, 60)), st.integers(1, 7))
+@given(
+    arrays(np.int64, st.tuples(st.integers(2, 8), st.integers(1, 6)), elements=st.integers(0, 60)), st.integers(1, 7)
+)
 def test_streaming_equals_the_dense_definition(dense, block):
     blocks = [twins.cell_counts(dense[i : i + block]) for i in range(0, len(dense), block)]
     found = GeneStatistics.from_blocks(blocks)

@@ -3,9 +3,9 @@ from __future__ import annotations
 import anndata as ad
 import numpy as np
 import pytest
+
 import ten_x_files
 from conftest import files_under
-
 from scdiva.data.output import check_output, replacing, write_with_slots
 from scdiva.data.source import open_source
 from scdiva.errors import OutputError

@@ -56,7 +56,7 @@ class TestWhereTheCountsAre:
         adata.layers["scaled"] = np.asarray(adata.X.todense()) - 1.5
         adata.X = adata.X * 0.37
         adata.X.data[::3] += 0.11
-        with pytest.raises(ScaleError, match="^X holds"):
+        with pytest.raises(ScaleError, match=r"^X holds"):
             open_counts(adata, DEFAULT)
 
     def test_bad_values_in_a_cell_that_the_sample_missed_are_refused_when_read(self, adata):
@@ -149,7 +149,9 @@ class TestGenesOfTheFile:
             "unknown": [f"probe{i}" for i in range(200)],
             "mixed": [*mouse[:100], *adata.var_names[100:]],
         }[case]
-        with pytest.raises(GeneError, match={"mouse": "mouse", "unknown": "not known", "mixed": "mouse and human"}[case]):
+        with pytest.raises(
+            GeneError, match={"mouse": "mouse", "unknown": "not known", "mixed": "mouse and human"}[case]
+        ):
             open_counts(adata, DEFAULT)
 
 
@@ -187,9 +189,7 @@ class TestCorpus:
         kept = CellCorpus(whole.readers, (np.array([1, 4, 30]), None, np.array([29])))
         assert len(kept) == 3 + 40 + 1
         found = kept.read(np.array([43, 0, 2, 3]))
-        np.testing.assert_array_equal(
-            found.counts.toarray(), whole.read(np.array([119, 1, 30, 50])).counts.toarray()
-        )
+        np.testing.assert_array_equal(found.counts.toarray(), whole.read(np.array([119, 1, 30, 50])).counts.toarray())
         assert "cell_119" in kept.describe([43])
         assert "cell_4 " in kept.describe([1])
 
@@ -217,7 +217,7 @@ class TestCorpus:
             open_corpus(files, DEFAULT)
 
     def test_an_empty_folder_and_an_empty_corpus_are_refused(self, tmp_path):
-        with pytest.raises(SourceError, match="no .h5ad"):
+        with pytest.raises(SourceError, match=r"no \.h5ad"):
             list_sources([tmp_path])
         with pytest.raises(SourceError, match="no files"):
             CellCorpus((), ())

@@ -5,8 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-import ten_x_files
 
+import ten_x_files
 from scdiva.data.reader import open_counts
 from scdiva.data.source import open_source
 from scdiva.errors import KeyNotFoundError, SourceError
@@ -27,7 +27,9 @@ def assert_equal(found: CellCounts, expected: CellCounts) -> None:
     assert found.counts.dtype == expected.counts.dtype == np.int32
     np.testing.assert_array_equal(found.counts.toarray(), expected.counts.toarray())
     np.testing.assert_array_equal(found.library_size, expected.library_size)
-    np.testing.assert_array_equal(found.is_measured[found.source_of_cell], expected.is_measured[expected.source_of_cell])
+    np.testing.assert_array_equal(
+        found.is_measured[found.source_of_cell], expected.is_measured[expected.source_of_cell]
+    )
 
 
 @pytest.fixture(scope="module")

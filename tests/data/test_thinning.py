@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from twins import cell_counts
 
 from scdiva.data.thinning import split_counts, thin_counts
+from twins import cell_counts
 
 
 @settings(max_examples=25, deadline=None)
@@ -36,7 +36,9 @@ def test_nothing_or_everything_is_kept_at_the_ends():
     nothing, everything = split_counts(cells, [0.0, 0.0, 0.0], np.random.default_rng(0))
     assert nothing.counts.nnz == 0
     np.testing.assert_array_equal(everything.library_size, [10, 30, 50])
-    np.testing.assert_array_equal(thin_counts(cells, 1.0, np.random.default_rng(0)).counts.toarray(), cells.counts.toarray())
+    np.testing.assert_array_equal(
+        thin_counts(cells, 1.0, np.random.default_rng(0)).counts.toarray(), cells.counts.toarray()
+    )
 
 
 def test_equal_seeds_give_equal_splits_and_other_seeds_others():

@@ -7,9 +7,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import files_under
 from safetensors.torch import load_file, save_file
 
+from conftest import files_under
 from scdiva.data.reader import open_counts
 from scdiva.errors import BundleError, GeneError, OutputError
 from scdiva.genes import GeneVocabulary
@@ -230,7 +230,7 @@ class TestWriting:
         assert files_under(bundle.parent) == before
 
     def test_parts_that_do_not_fit_make_no_model(self, tiny_model):
-        with pytest.raises(GeneError, match="220|210"):
+        with pytest.raises(GeneError, match="210 gene embeddings"):
             ScDiVa(tiny_model.network, tiny_model.config, GeneVocabulary.default(), tiny_model.statistics)
 
 
@@ -287,8 +287,8 @@ class TestFinding:
 class TestCard:
     def test_the_card_tells_sources_licence_and_measurements(self, bundle):
         card = (bundle / "README.md").read_text()
-        for words in ("# tiny", "license: cc0-1.0", "synthetic", "made up here", "95.0%", "heldout_profile_nll", "4.2500",
-                      "anchor", "Human raw counts only", "120 cells"):  # fmt: skip
+        expected = ["# tiny", "license: cc0-1.0", "synthetic", "made up here", "95.0%", "heldout_profile_nll", "4.2500"]
+        for words in [*expected, "anchor", "Human raw counts only", "120 cells"]:
             assert words in card, words
 
     def test_the_card_of_an_unnamed_model_says_so(self, tiny_model, tmp_path):

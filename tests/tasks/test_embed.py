@@ -4,9 +4,9 @@ import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from conftest import files_under
 
 import scdiva as sd
+from conftest import files_under
 from scdiva.errors import GeneError, KeyNotFoundError, OutputError, ScaleError
 
 CLOSE = {"rtol": 0, "atol": 1e-5}  # float32 matrix products of other sizes may round otherwise
@@ -50,7 +50,9 @@ class TestTheSameCellsGiveTheSameEmbedding:
         adata.var_names = list(ids)
         np.testing.assert_allclose(embedded(adata, tiny_model), reference, **CLOSE)
 
-    @pytest.mark.parametrize("form", [sp.csc_matrix, sp.csr_array, lambda x: x.toarray(), lambda x: x.astype(np.float32)])
+    @pytest.mark.parametrize(
+        "form", [sp.csc_matrix, sp.csr_array, lambda x: x.toarray(), lambda x: x.astype(np.float32)]
+    )
     def test_from_any_kind_of_matrix(self, form, adata, tiny_model, reference):
         adata.X = form(adata.X)
         np.testing.assert_array_equal(embedded(adata, tiny_model), reference)
@@ -310,23 +312,52 @@ class TestRefusals:
         sd.tl.embed(adata, EmbedsOnly())
 
 
+@pytest.fixture(scope="module")
+def blood_start():
+    """A model at its start, from the bundled blood cells: 16 principal components."""
+    from scdiva.config import AnchorConfig
+    from scdiva.data.reader import open_counts
+    from scdiva.data.statistics import GeneStatistics
+    from scdiva.genes import GeneVocabulary
+    from scdiva.models.scdiva.init import init_network
+    from scdiva.models.scdiva.network import AnchorNetwork
+
+    cells = open_counts(sd.datasets.pbmc3k()[:1000].copy(), GeneVocabulary.default()).read(np.arange(1000))
+    vocabulary = GeneVocabulary.default()
+    statistics = GeneStatistics.from_cells(cells)
+    config = AnchorConfig(n_latent=16, n_embedding=16, n_hidden=8)
+    network = AnchorNetwork(vocabulary.n_genes, config)
+    init_network(network, statistics, [cells], 16, seed=0)
+    return sd.ScDiVa(network, config, vocabulary, statistics)
+
+
 @pytest.mark.shared
-@pytest.mark.parametrize("name", ["pbmc4k_sub", "pancreas_baron_h1", "heart_san_1k", "breast_scdeconr_small"])
-def test_real_files_are_usable_and_their_types_stand_apart(name, shared_data, bundled_model):
+@pytest.mark.parametrize(
+    "name", ["pbmc4k_sub", "pancreas_baron_h1", "breast_immune_spectra_1k", "breast_scdeconr_small"]
+)
+def test_cell_types_of_real_files_stand_apart(name, shared_data, blood_start, tmp_path):
     from scdiva.metrics import knn_scores
 
     path = shared_data / f"{name}.h5ad"
-    report = sd.pp.check(path, bundled_model.vocabulary)
+    before = path.stat().st_mtime_ns, path.stat().st_size
+    report = sd.pp.check(path)
     assert report.is_usable
     assert report.counts_in == "X: raw counts"
     assert report.coverage > 0.7
-    adata = ad.read_h5ad(path)
-    sd.tl.embed(adata, bundled_model)
+    sd.tl.embed_file(path, tmp_path / "out.h5ad", blood_start)
+    assert (path.stat().st_mtime_ns, path.stat().st_size) == before
+    adata = ad.read_h5ad(tmp_path / "out.h5ad")
+    assert adata.uns["scdiva"]["embed"]["coverage"] == pytest.approx(report.coverage)
     labels = adata.obs["cell_type"].astype(str)
-    size = labels.map(labels.value_counts())
-    chosen = ((labels != "unassigned") & (size >= 20)).to_numpy()
-    scores = knn_scores(adata.obsm["X_scdiva"][chosen], labels[chosen], seed=0)
-    shuffled = knn_scores(
-        adata.obsm["X_scdiva"][chosen], np.random.default_rng(0).permutation(labels[chosen]), seed=0
-    )
-    assert scores.accuracy > shuffled.accuracy + 0.15
+    chosen = ((labels != "unassigned") & (labels.map(labels.value_counts()) >= 20)).to_numpy()
+    z, truth = adata.obsm["X_scdiva"][chosen], labels[chosen].to_numpy()
+    shuffled = knn_scores(z, np.random.default_rng(0).permutation(truth), seed=0)
+    assert knn_scores(z, truth, seed=0).accuracy > shuffled.accuracy + 0.15
+
+
+def test_the_bundled_model_separates_the_bundled_cells(bundled_model):
+    from scdiva.metrics import knn_scores
+
+    adata = sd.datasets.zheng_sorted7_3500()[::7].copy()
+    sd.tl.embed(adata, bundled_model)
+    assert knn_scores(adata.obsm["X_scdiva"], adata.obs["cell_type"], seed=0).accuracy > 0.75

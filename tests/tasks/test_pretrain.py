@@ -10,9 +10,9 @@ import anndata as ad
 import numpy as np
 import pytest
 import torch
-from conftest import files_under
 
 import scdiva as sd
+from conftest import files_under
 from scdiva.config import LoopConfig, RunConfig, apply_overrides, load_config, parse_config
 from scdiva.data.reader import open_counts
 from scdiva.datasets import synthetic_cells
@@ -119,7 +119,7 @@ def test_a_run_interrupted_and_resumed_equals_one_in_one_go(config, run, tmp_pat
     # a longer horizon must not change what was computed before, so the same configuration is interrupted instead
     import scdiva.tasks.pretrain as task
 
-    class Stop(Exception):
+    class StoppedError(Exception):
         pass
 
     original = task.fit
@@ -132,7 +132,7 @@ def test_a_run_interrupted_and_resumed_equals_one_in_one_go(config, run, tmp_pat
             nonlocal calls
             calls += 1
             if calls > 9 + 3:  # some of these are held-out minibatches
-                raise Stop
+                raise StoppedError
             return prepare(cells, rng)
 
         objective.prepare = counting
@@ -140,7 +140,7 @@ def test_a_run_interrupted_and_resumed_equals_one_in_one_go(config, run, tmp_pat
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(task, "fit", interrupted)
-        with pytest.raises((Stop, ScdivaError)):
+        with pytest.raises((StoppedError, ScdivaError)):
             pretrain(config, tmp_path / "run", progress=False)
     assert list((tmp_path / "run" / "checkpoints").iterdir())
     assert not (tmp_path / "run" / "bundle").exists()
@@ -180,7 +180,14 @@ def test_the_bundle_tells_what_it_was_trained_on(corpus, run):
     assert training["heldout"].startswith("whole batches: ")
     assert model.details["trained_heads"] == ["anchor", "profile_decoder"]
     card = (run.path / "README.md").read_text()
-    for words in ("made-here", "A model of synthetic cells.", "cc0-1.0", "drawn at random", "| two | 100 |", "not stated"):
+    for words in (
+        "made-here",
+        "A model of synthetic cells.",
+        "cc0-1.0",
+        "drawn at random",
+        "| two | 100 |",
+        "not stated",
+    ):
         assert words in card
 
 
@@ -274,15 +281,11 @@ class TestAdaptation:
         assert_equal_weights(tmp_path / "a" / "bundle", tmp_path / "b" / "bundle")
 
     @pytest.mark.parametrize("n_cells", [2, 3, 9])
-    def test_very_few_cells_are_adapted_to_or_refused_in_one_line(self, n_cells, adata, tiny_model, tmp_path):
+    def test_very_few_cells_are_enough(self, n_cells, adata, tiny_model, tmp_path):
         config = apply_overrides(adaptation_config(n_cells), FAST)
-        try:
-            trained = adapt(adata[:n_cells].copy(), tiny_model, tmp_path / "run", config=config, progress=False)
-        except ScdivaError as error:
-            assert "\n" not in str(error)
-        else:
-            assert np.isfinite(trained.model.embed(
-                open_counts(adata, tiny_model.vocabulary).read(np.arange(3)))).all()  # fmt: skip
+        trained = adapt(adata[:n_cells].copy(), tiny_model, tmp_path / "run", config=config, progress=False)
+        cells = open_counts(adata, tiny_model.vocabulary).read(np.arange(3))
+        assert np.isfinite(trained.model.embed(cells)).all()
 
     @pytest.mark.parametrize("n_cells", [1, 50, 500, 100_000])
     def test_the_recommended_settings_fit_the_size(self, n_cells):

@@ -37,6 +37,9 @@ def _common(version: bool = typer.Option(False, "--version", help="Print the ver
         raise typer.Exit
 
 
+_INTERRUPTED = 130
+
+
 def main() -> None:
     """Run the command line; bad input gives one line on standard error and exit code 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -47,9 +50,12 @@ def main() -> None:
     except ScdivaError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # typer turns Ctrl-C into exit code 130 without a word
+        if isinstance(stop, SystemExit) and stop.code != _INTERRUPTED:
+            raise
         typer.echo("interrupted; nothing half-written was left behind", err=True)
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

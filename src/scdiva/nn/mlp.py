@@ -14,12 +14,17 @@ class ResidualMLP(nn.Module):
     ----------
     n_in, n_hidden, n_out
         Widths.
+    generator
+        Randomness of the first layer's start; PyTorch's global one if left out.
     """
 
-    def __init__(self, n_in: int, n_hidden: int, n_out: int) -> None:
+    def __init__(self, n_in: int, n_hidden: int, n_out: int, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(n_in)
         self.up = nn.Linear(n_in, n_hidden)
+        # PyTorch's own start of a linear layer, but from a generator: a run that resumes must start at the same weights
+        for tensor in (self.up.weight, self.up.bias):
+            nn.init.uniform_(tensor, -(n_in**-0.5), n_in**-0.5, generator=generator)
         self.down = nn.Linear(n_hidden, n_out)
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)

@@ -47,12 +47,13 @@ class AnchorNetwork(nn.Module):
 
     def __init__(self, n_genes: int, config: AnchorConfig) -> None:
         super().__init__()
+        generator = torch.Generator().manual_seed(0)
         self.n_latent = config.n_latent
         self.gene_embedding = nn.Parameter(torch.empty(n_genes, config.n_embedding))
         self.encoder = nn.Linear(config.n_embedding, config.n_latent, bias=False)
-        self.encoder_mlp = ResidualMLP(config.n_embedding, config.n_hidden, config.n_latent)
+        self.encoder_mlp = ResidualMLP(config.n_embedding, config.n_hidden, config.n_latent, generator=generator)
         self.decoder = nn.Linear(config.n_latent, config.n_embedding, bias=False)
-        self.decoder_mlp = ResidualMLP(config.n_latent, config.n_hidden, config.n_embedding)
+        self.decoder_mlp = ResidualMLP(config.n_latent, config.n_hidden, config.n_embedding, generator=generator)
         self.log_profile = nn.Parameter(torch.zeros(n_genes))
         # brings the pooled scores, which shrink with the number of genes, to order one; set from the corpus
         self.register_buffer("pool_scale", torch.ones(()))
