@@ -47,7 +47,7 @@ METHODS = {
     "pca_own": "PCA-50 of the set's own 2,000 HVG",
     "pca_own_scaled": "the same, genes scaled to unit variance",
     "pca_corpus": "PCA-50 of the training corpus",
-    "scvi": "scVI trained on the set (4,000 HVG)",
+    "scvi": "scVI trained on the set (2,000 HVG)",
     "random": "random projection to 50 (null)",
 }
 MIN_CELLS_PER_TYPE = 10

@@ -26,9 +26,9 @@ def case(seed: int, n_cells: int = 5, n_genes: int = 11):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 1000))
-def test_value_and_gradient_equal_the_dense_definition(seed):
-    log_rate, counts, is_measured = case(seed)
+@given(seed=st.integers(0, 1000), n_cells=st.sampled_from([1, 5, 16, 17, 40]))
+def test_value_and_gradient_equal_the_dense_definition(seed, n_cells):
+    log_rate, counts, is_measured = case(seed, n_cells=n_cells)
     weight = torch.linspace(0.5, 2.0, len(counts))
     found = profile_nll(log_rate, *sparse(counts), is_measured)
     (gradient,) = torch.autograd.grad((found * weight).sum(), log_rate)
@@ -105,6 +105,24 @@ def test_bfloat16_rates_are_summed_in_float32():
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
     (gradient,) = torch.autograd.grad(found.sum(), log_rate)
     assert gradient.dtype == torch.bfloat16
+
+
+def test_no_cells_have_no_loss():
+    nothing = torch.zeros(0, dtype=torch.long)
+    found = profile_nll(torch.zeros(0, 4), nothing, nothing, torch.zeros(0), torch.zeros(0, 4, dtype=torch.bool))
+    assert found.shape == (0,)
+
+
+def test_rates_far_from_zero_do_not_overflow():
+    counts = torch.tensor([[3.0, 1.0, 0.0]])
+    is_measured = torch.ones(1, 3, dtype=torch.bool)
+    for shift in (-1e4, 1e4):
+        log_rate = (torch.tensor([[0.0, 1.0, 2.0]]) + shift).requires_grad_()
+        found = profile_nll(log_rate, *sparse(counts), is_measured)
+        (gradient,) = torch.autograd.grad(found.sum(), log_rate)
+        expected = twins.profile_nll(log_rate.detach().double(), counts.double(), is_measured)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0)
+        assert torch.isfinite(gradient).all()
 
 
 def test_the_rates_are_left_alone():

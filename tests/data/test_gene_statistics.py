@@ -40,6 +40,14 @@ def test_streaming_equals_the_dense_definition(dense, block):
     np.testing.assert_array_equal(found.sum_counts, dense.sum(axis=0))
 
 
+def test_empty_cells_and_unseen_genes_do_not_count():
+    found = of(some_counts())
+    assert found.n_cells == 49
+    np.testing.assert_allclose(found.normalised_entropy, twins.normalised_entropy(some_counts()), atol=1e-9)
+    assert found.normalised_entropy[7] == 1
+    assert found.normalised_entropy[8] < 1e-9
+
+
 def test_entropy_of_simple_genes():
     dense = np.zeros((8, 4), dtype=int)
     dense[:, 0] = 10  # everywhere alike: H = ln 8
