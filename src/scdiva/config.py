@@ -74,7 +74,7 @@ class DataConfig(Section):
     """The files of the corpus."""
     min_coverage: Fraction = 0.5
     """Smallest share of a file's UMIs that the vocabulary must cover."""
-    heldout_fraction: OpenFraction = 0.05
+    heldout_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """Share of the cells that are never trained on and judge the run."""
     block_size: PositiveInt = 16
     """Neighbouring cells that are read together; larger is faster on disk and shuffles less."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-
 # rows that are worked on together: their float32 copies stay in the processor's cache (16 x 30,000 genes are 2 MB)
 _ROWS = 16
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from scdiva.data.output import check_output, write_with_slots
 from scdiva.data.reader import MIN_COVERAGE, open_counts
 from scdiva.data.source import open_source
+from scdiva.errors import OutputError
 from scdiva.tasks.embed import BatchSize, Embedding
 from scdiva.tasks.embed import embed as _embed
 
@@ -69,6 +70,7 @@ def embed(
     SourceError, ScaleError, GeneError, KeyNotFoundError
         The data cannot be used; nothing is written. ``sd.pp.check(adata)`` tells more.
     """
+    _check_key(key_added)
     result = _run(
         adata,
         model,
@@ -120,6 +122,7 @@ def embed_file(
     OutputError
         The output exists, has another suffix, or its folder does not exist; raised before any work is done.
     """
+    _check_key(key_added)
     target = Path(path_out)
     check_output(target, overwrite=overwrite)
     reader, result = _run(
@@ -137,6 +140,11 @@ def embed_file(
         slots["layers/scdiva_denoised"] = result.denoised
     write_with_slots(reader.source, target, slots)
     return result
+
+
+def _check_key(key: str) -> None:
+    if not key or "/" in key:
+        raise OutputError(f"key_added={key!r}", expected="a name without '/'", fix="for example X_scdiva")
 
 
 def _run(

@@ -44,8 +44,8 @@ class MemoryCells:
 
 @dataclass(frozen=True)
 class ToyInputs:
-    x_BG: Tensor  # noqa: N815
-    noise_B: Tensor  # noqa: N815
+    x_BG: Tensor
+    noise_B: Tensor
 
     def to(self, device: torch.device) -> ToyInputs:
         return ToyInputs(self.x_BG.to(device), self.noise_B.to(device))

@@ -87,9 +87,7 @@ def random_projection(cells: CellCounts, *, seed: int) -> NDArray[np.float64]:
     return _log_matrix(cells) @ directions
 
 
-def scvi_latent(
-    adata: AnnData, *, seed: int, n_latent: int = 10, max_epochs: int = EPOCHS_SCVI
-) -> NDArray[np.float32]:
+def scvi_latent(adata: AnnData, *, seed: int, n_latent: int = 10, max_epochs: int = EPOCHS_SCVI) -> NDArray[np.float32]:
     """Latent of scVI trained on the set's own 2,000 variable genes (needs the extra ``eval``).
 
     scvi-tools advises to select 1,000 to 10,000 variable genes. Its defaults otherwise, but for two: the likelihood is

@@ -26,7 +26,6 @@ def inspect(
         "hash": content.hash,
         **content.config,
         "n_genes": content.vocabulary.n_genes,
-        "n_parameters": sum(tensor.numel() for tensor in weights.values()),
         "weights_mb": round((folder / WEIGHTS).stat().st_size / 1e6, 2),
         "tensors": {
             name: [str(tensor.dtype).removeprefix("torch."), *tensor.shape] for name, tensor in weights.items()

@@ -29,13 +29,19 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         raise OutputError(f"output {path.name!r}", expected="a name ending in .h5ad or .zarr", fix="rename it")
     if not path.parent.is_dir():
         raise OutputError(f"the folder {path.parent} does not exist", expected="a folder", fix="create it first")
+    if path.is_dir() and not ((path / "zarr.json").exists() or (path / ".zgroup").exists()):
+        raise OutputError(f"{path} is a folder, but no zarr store", expected="a new file", fix="name another one")
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists", expected="a new file", fix="name another one, or pass --overwrite")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` that takes its place when the block ends well, and vanishes otherwise."""
+    """Give a temporary path beside ``path`` that takes its place when the block ends well, and vanishes otherwise.
+
+    The block may make a file or a folder of it. An old folder is moved aside before the new one takes its place, and
+    removed after.
+    """
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     partial = folder / path.name
     try:
@@ -43,9 +49,15 @@ def replacing(path: Path) -> Iterator[Path]:
         if partial.is_file():
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
+        aside = folder / "old"
         if path.is_dir():
-            shutil.rmtree(path)
-        partial.replace(path)
+            path.rename(aside)
+        try:
+            partial.replace(path)
+        except BaseException:
+            if aside.exists():
+                aside.rename(path)
+            raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -322,10 +322,12 @@ class CellCorpus:
             For each source, the ``.obs`` column with the experimental batch, or ``None``: the source is one batch.
         """
         names: list[NDArray[np.str_]] = []
-        for (reader, rows), key in zip(self._parts(), keys, strict=True):
+        sources = [reader.source.name for reader in self.readers]
+        for i, ((reader, rows), key) in enumerate(zip(self._parts(), keys, strict=True)):
             source = reader.source
+            name = source.name if sources.count(source.name) == 1 else f"{source.name}#{i}"
             batch = np.full(len(reader), "") if key is None else source.column(key).astype(str).to_numpy(dtype=str)
-            names.append(np.char.add(f"{source.name}/", batch if rows is None else batch[rows]))
+            names.append(np.char.add(f"{name}/", batch if rows is None else batch[rows]))
         return np.concatenate(names)
 
     def describe(self, indices: Sequence[int]) -> str:

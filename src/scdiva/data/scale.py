@@ -3,6 +3,10 @@
 Log-normalised counts can be inverted without knowing the library size: after ``x = log1p(f * c / n)`` all values of a
 cell are multiples of one unit ``f / n``, the value of a single count. Dividing by the unit must give integers, for
 every value of every cell; where it does not, the data are something else and we say so. (Our decision.)
+
+What can be recovered is the counts up to a factor that all counts of a cell have in common. A cell with a gene of count
+one, which almost every real cell has, has no such factor; in a cell that has one, the depth comes out too small by it,
+and CP10K values, which are all that an embedding sees, are not touched.
 """
 
 from __future__ import annotations

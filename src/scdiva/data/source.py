@@ -196,13 +196,22 @@ def _from_path(path: Path) -> CellSource:
         return _from_group(file, path, path.stem)
     keys = sorted(file.keys())
     file.close()
-    if "matrix" in keys:
+    if "matrix" in keys or _is_old_10x(path, keys):
         return _from_10x(path, reader="read_10x_h5")
     raise SourceError(
         f"{path} is an HDF5 file but neither AnnData nor 10x (it holds {', '.join(keys[:8]) or 'nothing'})",
         expected=_SUPPORTED,
         fix="write it with adata.write_h5ad()",
     )
+
+
+def _is_old_10x(path: Path, keys: list[str]) -> bool:
+    """Tell Cell Ranger 2 output, which has one group per genome; several genomes in one file are not read."""
+    if len(keys) != 1:
+        return False
+    with h5py.File(path, "r") as file:
+        group = file[keys[0]]
+        return isinstance(group, h5py.Group) and {"barcodes", "data", "indices", "indptr"} <= set(group)
 
 
 def _from_zarr(path: Path) -> CellSource:
@@ -288,7 +297,9 @@ def _from_10x(path: Path, reader: str) -> CellSource:
             expected="a Cell Ranger .h5 file, or a folder with matrix.mtx, barcodes.tsv and features.tsv (or .gz)",
             fix="copy all three files, or give the .h5 file",
         ) from error
-    return _from_anndata(adata, name=path.stem, path=path)
+    # all of Cell Ranger's folders have the same few names: the sample is named by the folder around them
+    is_generic = path.name.startswith(("filtered_", "raw_", "sample_"))
+    return _from_anndata(adata, name=f"{path.parent.name}/{path.stem}" if is_generic else path.stem, path=path)
 
 
 def _only_prefix(folder: Path) -> str:

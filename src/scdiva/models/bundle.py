@@ -20,13 +20,12 @@ import hashlib
 import importlib.resources
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scdiva.data.output import replacing
 from scdiva.data.statistics import GeneStatistics
 from scdiva.errors import BundleError, OutputError
 from scdiva.genes import GeneVocabulary
@@ -147,8 +146,8 @@ def write_bundle(
             fix="name another folder, or remove it" + (" or pass overwrite" if (path / MANIFEST).exists() else ""),
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with replacing(path) as partial:
+        partial.mkdir()
         full = {"format": FORMAT, **config, "vocabulary_fingerprint": vocabulary.fingerprint}
         (partial / CONFIG).write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, partial / WEIGHTS)
@@ -162,12 +161,6 @@ def write_bundle(
             file.chmod(0o644)  # safetensors writes private files
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-        partial.chmod(0o755)  # mkdtemp makes it private
-        if path.exists():
-            shutil.rmtree(path)
-        partial.replace(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_bundle(path: Path) -> BundleContent:

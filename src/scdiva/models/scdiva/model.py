@@ -24,6 +24,9 @@ from scdiva.types import CellCounts
 
 FAMILY = "scdiva"
 
+# keys of config.json that are written anew by each save
+_OWN_KEYS = frozenset({"format", "family", "model", "n_parameters", "vocabulary_fingerprint"})
+
 
 class ScDiVa:
     """A scDiVa model: from counts to embeddings and expected profiles.
@@ -108,7 +111,7 @@ class ScDiVa:
             ) from error
         network = AnchorNetwork(content.vocabulary.n_genes, config)
         bundle.load_strictly(network, bundle.read_weights(path), path)
-        details = {key: content.config[key] for key in content.config if key not in ("format", "family", "model")}
+        details = {key: content.config[key] for key in content.config if key not in _OWN_KEYS}
         model = cls(
             network,
             config,
@@ -140,7 +143,7 @@ class ScDiVa:
         target = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
         weights = {name: tensor.detach().cpu().to(target) for name, tensor in self.network.state_dict().items()}
         config = {"family": FAMILY, "model": self.config.model_dump(mode="json"), **self.details}
-        config.pop("vocabulary_fingerprint", None)
+        config |= {"n_parameters": self.n_parameters}
         bundle.write_bundle(
             Path(path),
             config=config,
