@@ -40,8 +40,6 @@ PRETRAIN = {
     "KL weight 5e-5": ["objective.kl_weight=5e-5"],
     "KL weight 5e-4 (the ELBO of a cell of 2,000 UMIs)": ["objective.kl_weight=5e-4"],
     "noise 0.5 on z": ["objective.latent_noise=0.5"],
-    "rho in (0.3, 0.7)": ["objective.rho_min=0.3", "objective.rho_max=0.7"],
-    "learning rate 3e-4": ["optim.lr=3e-4"],
 }
 ADAPT: dict[str, tuple[dict[str, float], list[str]]] = {
     "base: learning rate 1e-3": ({}, []),
