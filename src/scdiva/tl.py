@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scdiva.data.output import check_output, write_with_slots
+from scdiva.data.output import check_output, check_record, check_recorded_in, write_with_slots
 from scdiva.data.reader import MIN_COVERAGE, open_counts
 from scdiva.data.source import open_source
-from scdiva.errors import OutputError
+from scdiva.errors import BundleError, OutputError, SourceError
+from scdiva.models.base import Embedder
 from scdiva.tasks.embed import BatchSize, Embedding
 from scdiva.tasks.embed import embed as _embed
 
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from anndata import AnnData
-
-    from scdiva.models.base import Embedder
 
 __all__ = ["embed", "embed_file"]
 
@@ -62,8 +61,8 @@ def embed(
     Returns
     -------
     AnnData or None
-        ``.obsm[key_added]`` ``(n_obs, n_latent)`` float32; ``.uns["scdiva"]["embed"]``: model, hash, vocabulary,
-        coverage, where the counts were, version.
+        ``.obsm[key_added]`` ``(n_obs, n_latent)`` float32; ``.uns["scdiva"]["embed"][key_added]``: model, hash,
+        vocabulary, coverage, where the counts were, version.
 
     Raises
     ------
@@ -71,6 +70,7 @@ def embed(
         The data cannot be used; nothing is written. ``sd.pp.check(adata)`` tells more.
     """
     _check_key(key_added)
+    _check_adata(adata, copy=copy)
     result = _run(
         adata,
         model,
@@ -84,7 +84,9 @@ def embed(
     target.obsm[key_added] = result.z
     if result.denoised is not None:
         target.layers["scdiva_denoised"] = result.denoised
-    target.uns["scdiva"] = {**target.uns.get("scdiva", {}), "embed": dict(result.record)}
+    earlier = target.uns.get("scdiva", {})
+    records = {**earlier.get("embed", {}), key_added: dict(result.record)}
+    target.uns["scdiva"] = {**earlier, "embed": records}
     return target if copy else None
 
 
@@ -125,6 +127,7 @@ def embed_file(
     _check_key(key_added)
     target = Path(path_out)
     check_output(target, overwrite=overwrite)
+    check_recorded_in(Path(path_in))
     reader, result = _run(
         path_in,
         model,
@@ -135,7 +138,7 @@ def embed_file(
         library_size_key=library_size_key,
         on_block=on_block,
     )
-    slots: dict[str, Any] = {f"obsm/{key_added}": result.z, "uns/scdiva/embed": dict(result.record)}
+    slots: dict[str, Any] = {f"obsm/{key_added}": result.z, f"uns/scdiva/embed/{key_added}": dict(result.record)}
     if result.denoised is not None:
         slots["layers/scdiva_denoised"] = result.denoised
     write_with_slots(reader.source, target, slots)
@@ -147,9 +150,32 @@ def _check_key(key: str) -> None:
         raise OutputError(f"key_added={key!r}", expected="a name without '/'", fix="for example X_scdiva")
 
 
+def _check_adata(adata: Any, *, copy: bool) -> None:
+    # deferred: importing anndata takes a second that `--help` need not wait for
+    import anndata as ad
+
+    if not isinstance(adata, ad.AnnData):
+        raise SourceError(
+            f"a {type(adata).__name__} is no AnnData", expected="an AnnData", fix="sd.tl.embed_file takes paths"
+        )
+    if adata.isbacked and (adata.is_view or copy):
+        raise SourceError(
+            "a view or a copy of a backed AnnData cannot take the result",
+            expected="an AnnData in memory, or a whole backed one",
+            fix="adata = adata.to_memory(), or sd.tl.embed_file",
+        )
+    check_record(adata.uns.get("scdiva", {}))
+
+
 def _run(
     data: Any, model: Embedder, *, layer: str | None, library_size_key: str | None, min_coverage: float, **rest: Any
 ) -> Any:
+    if not isinstance(model, Embedder):
+        raise BundleError(
+            f"a {type(model).__name__} is no model that embeds",
+            expected="a model",
+            fix="model = sd.ScDiVa.from_pretrained(...)",
+        )
     source = open_source(data)
     reader = open_counts(
         source, model.vocabulary, layer=layer, library_size_key=library_size_key, min_coverage=min_coverage

@@ -12,7 +12,7 @@ from conftest import files_under
 
 class TestCheck:
     def test_a_good_file(self, cli, h5ad):
-        result = cli("check", h5ad)
+        result = cli("check", h5ad, "--model", "none")
         assert result.code == 0
         assert result.err == ""
         for words in ("120 cells x 200 features", "X: raw counts", "100.00%", "usable as it is"):
@@ -21,7 +21,7 @@ class TestCheck:
     def test_json_holds_what_python_gets(self, cli, h5ad):
         import scdiva as sd
 
-        result = cli("check", h5ad, "--json")
+        result = cli("check", h5ad, "--json", "--model", "none")
         assert result.code == 0
         assert json.loads(result.out) == json.loads(json.dumps(sd.pp.check(h5ad).to_dict()))
 
@@ -41,7 +41,7 @@ class TestCheck:
             if form == "h5"
             else ten_x_files.write_mtx_v3(adata, tmp_path / "filtered")
         )
-        result = cli("check", path, "--json")
+        result = cli("check", path, "--json", "--model", "none")
         report = json.loads(result.out)
         assert result.code == 0
         assert (report["n_features"], report["n_genes"]) == (202, 200)
@@ -76,14 +76,14 @@ class TestEmbed:
         assert set(found.layers["scdiva_denoised"].nonzero()[1]) == {77}
         assert "layers['umis']" in result.out
 
-    def test_cells_without_counts_are_told(self, cli, adata, bundle, tmp_path):
+    def test_cells_without_counts_are_told(self, cli, adata, bundle, tmp_path, caplog):
         counts = adata.X.toarray()
         counts[:2] = 0
         adata.X = counts
         adata.write_h5ad(tmp_path / "a.h5ad")
         result = cli("embed", tmp_path / "a.h5ad", tmp_path / "o.h5ad", "--model", bundle)
         assert result.code == 0
-        assert "2 cells have no UMI" in result.err
+        assert "2 cells have no UMI" in caplog.text
 
     def test_in_place_with_overwrite(self, cli, h5ad, bundle, adata):
         assert cli("embed", h5ad, h5ad, "--model", bundle).code == 2
@@ -106,7 +106,9 @@ class TestEmbed:
         monkeypatch.setattr("anndata.io.write_elem", interrupt)
         result = cli("embed", h5ad, tmp_path / "o.h5ad", "--model", bundle)
         assert result.code == 130
-        assert result.err.splitlines() == ["interrupted; nothing half-written was left behind"]
+        assert result.err.splitlines() == [
+            "interrupted; no half-written result was left behind, and the same command resumes a training run"
+        ]
         assert files_under(tmp_path) == before
 
 
@@ -121,7 +123,9 @@ class TestInspect:
         facts = json.loads(cli("inspect", bundle, "--json").out)
         assert facts["n_genes"] == 210
         assert facts["tensors"]["encoder.weight"] == ["float32", 8, 8]
-        assert facts["n_parameters"] == sum(int(np.prod(shape)) for _, *shape in facts["tensors"].values())
+        # the scale of the pooled scores is stored, too, but it is no parameter
+        n_values = sum(int(np.prod(shape)) for _, *shape in facts["tensors"].values())
+        assert facts["n_parameters"] == n_values - 1
         assert facts["trained_heads"] == ["anchor", "profile_decoder"]
 
 

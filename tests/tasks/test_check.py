@@ -114,10 +114,12 @@ def test_every_cell_is_looked_at(adata):
 
 
 def test_the_vocabulary_of_a_model_can_be_asked_for(adata, tiny_model):
-    report = sd.pp.check(adata, tiny_model.vocabulary)
+    report = sd.pp.check(adata, tiny_model)
     assert report.genes["n_genes"] == 190
     assert report.genes["outside"] == 10
     assert report.vocabulary_fingerprint == tiny_model.vocabulary.fingerprint
+    assert report.genes_of == "tiny"
+    assert "by the genes of tiny" in repr(report)
 
 
 def test_file_and_memory_get_the_same_report(adata, h5ad):

@@ -3,11 +3,12 @@ from __future__ import annotations
 import anndata as ad
 import numpy as np
 import pytest
+import scanpy as sc
 import scipy.sparse as sp
 
 import scdiva as sd
 from conftest import files_under
-from scdiva.errors import GeneError, KeyNotFoundError, OutputError, ScaleError
+from scdiva.errors import ConfigError, GeneError, KeyNotFoundError, OutputError, ScaleError, ScdivaError
 
 CLOSE = {"rtol": 0, "atol": 1e-5}  # float32 matrix products of other sizes may round otherwise
 
@@ -123,7 +124,7 @@ class TestWhatIsWritten:
         adata.write_h5ad(tmp_path / "a.h5ad")
         for uns in (adata.uns["scdiva"], ad.read_h5ad(tmp_path / "a.h5ad").uns["scdiva"]):
             assert uns["annotate"]["kept"] == "yes"
-            record = uns["embed"]
+            record = uns["embed"]["X_scdiva"]
             assert record["model"] == "tiny"
             assert record["model_hash"] == model.bundle_hash
             assert record["vocabulary_fingerprint"] == model.vocabulary.fingerprint
@@ -144,7 +145,7 @@ class TestWhatIsWritten:
         adata.X = sp.csr_matrix(counts)
         sd.tl.embed(adata, tiny_model)
         z = adata.obsm["X_scdiva"]
-        assert adata.uns["scdiva"]["embed"]["n_empty_cells"] == 3
+        assert adata.uns["scdiva"]["embed"]["X_scdiva"]["n_empty_cells"] == 3
         assert np.isfinite(z).all()
         np.testing.assert_allclose(z[[8, 60]], z[[3, 3]], **CLOSE)
 
@@ -171,7 +172,7 @@ class TestDenoise:
         genes = tiny_model.vocabulary.find(self.genes)
         expected = np.log1p(tiny_model.expected_profile(result.obsm["X_scdiva"], genes))
         np.testing.assert_allclose(layer[:, self.positions].toarray(), expected, rtol=1e-6)
-        record = result.uns["scdiva"]["embed"]
+        record = result.uns["scdiva"]["embed"]["X_scdiva"]
         assert list(record["denoised_genes"]) == list(self.genes)
         assert record["denoised_unit"] == "log1p of expected CP10K"
 
@@ -233,7 +234,7 @@ class TestFilesAreWholeOrNotThere:
         if overwrite:
             target.mkdir() if kind == "zarr" else target.write_text("old result")
             if kind == "zarr":
-                (target / "old").write_text("old result")
+                (target / "zarr.json").write_text("old result")
         before = files_under(tmp_path)
 
         def fail(*args, **kwargs):
@@ -347,7 +348,7 @@ def test_cell_types_of_real_files_stand_apart(name, shared_data, blood_start, tm
     sd.tl.embed_file(path, tmp_path / "out.h5ad", blood_start)
     assert (path.stat().st_mtime_ns, path.stat().st_size) == before
     adata = ad.read_h5ad(tmp_path / "out.h5ad")
-    assert adata.uns["scdiva"]["embed"]["coverage"] == pytest.approx(report.coverage)
+    assert adata.uns["scdiva"]["embed"]["X_scdiva"]["coverage"] == pytest.approx(report.coverage)
     labels = adata.obs["cell_type"].astype(str)
     chosen = ((labels != "unassigned") & (labels.map(labels.value_counts()) >= 20)).to_numpy()
     z, truth = adata.obsm["X_scdiva"][chosen], labels[chosen].to_numpy()
@@ -361,3 +362,54 @@ def test_the_bundled_model_separates_the_bundled_cells(bundled_model):
     adata = sd.datasets.zheng_sorted7_3500()[::7].copy()
     sd.tl.embed(adata, bundled_model)
     assert knn_scores(adata.obsm["X_scdiva"], adata.obs["cell_type"], seed=0).accuracy > 0.75
+
+
+class TestWhatIsRefusedBeforeAnyWork:
+    @pytest.mark.parametrize("batch_size", [0, -3])
+    def test_batch_sizes_that_are_not_positive(self, adata, tiny_model, batch_size):
+        with pytest.raises(ConfigError, match="batch_size"):
+            sd.tl.embed(adata, tiny_model, batch_size=batch_size)
+        assert "X_scdiva" not in adata.obsm
+
+    def test_a_record_of_somebody_else(self, adata, tiny_model, tmp_path):
+        adata.uns["scdiva"] = "mine"
+        with pytest.raises(OutputError, match="uns"):
+            sd.tl.embed(adata, tiny_model)
+        assert "X_scdiva" not in adata.obsm
+        adata.write_h5ad(tmp_path / "a.h5ad")
+        with pytest.raises(OutputError, match="uns"):
+            sd.tl.embed_file(tmp_path / "a.h5ad", tmp_path / "o.h5ad", tiny_model)
+
+    def test_things_that_are_no_model_or_no_anndata(self, adata, tiny_model, h5ad):
+        with pytest.raises(ScdivaError, match="from_pretrained"):
+            sd.tl.embed(adata, "scdiva-blood-tiny")
+        with pytest.raises(ScdivaError, match="embed_file"):
+            sd.tl.embed(h5ad, tiny_model)
+
+    def test_a_library_size_below_the_sum_of_the_counts(self, adata, tiny_model):
+        adata.obs["bad"] = 5.0
+        with pytest.raises(ScdivaError, match="smaller than the sum"):
+            sd.tl.embed(adata, tiny_model, library_size_key="bad")
+
+
+def test_two_embeddings_keep_their_own_records(adata, tiny_model):
+    sd.tl.embed(adata, tiny_model, key_added="X_a")
+    sd.tl.embed(adata, tiny_model, key_added="X_b", denoise=str(adata.var_names[20]))
+    records = adata.uns["scdiva"]["embed"]
+    assert sorted(records) == ["X_a", "X_b"]
+    assert records["X_b"]["denoised_genes"] == [adata.var_names[20]]
+
+
+def test_genes_dropped_after_normalisation_are_noticed(adata, tiny_model, caplog):
+    sc.pp.normalize_total(adata, target_sum=1e4)
+    sc.pp.log1p(adata)
+    sd.tl.embed(adata, tiny_model)
+    assert "do not add up" not in caplog.text
+    sd.tl.embed(adata[:, ::2].copy(), tiny_model)
+    assert "do not add up" in caplog.text
+
+
+def test_cells_and_genes_that_are_swapped_are_named_as_such(adata):
+    report = sd.pp.check(adata.T)
+    assert not report.is_usable
+    assert "adata.T" in report.problem["fix"]

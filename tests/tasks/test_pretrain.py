@@ -315,3 +315,13 @@ def test_a_corpus_of_one_batch_holds_cells_out(corpus, tmp_path, caplog):
     trained = pretrain(parse_config(text + rest), tmp_path / "run", progress=False)
     assert trained.model.details["training"]["heldout"].startswith("cells at random")
     assert trained.model.details["training"]["n_heldout"] == 20
+
+
+def test_a_folder_that_adapted_to_other_cells_is_refused(tiny_model, adata, tmp_path):
+    config = apply_overrides(adaptation_config(adata.n_obs), ["training.max_steps=2"])
+    adapt(adata, tiny_model, tmp_path / "run", config=config, progress=False)
+    adapt(adata, tiny_model, tmp_path / "run", config=config, progress=False)  # the same again returns at once
+    other = adata.copy()
+    other.X = other.X[::-1] * 2
+    with pytest.raises(TrainingError, match="content of the files"):
+        adapt(other, tiny_model, tmp_path / "run", config=config, progress=False)

@@ -50,11 +50,16 @@ def main() -> None:
     except ScdivaError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except OSError as error:  # a full disk, a folder without permission
+        typer.echo(f"error: {error.strerror or error}: {error.filename or 'no file named'}", err=True)
+        sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as stop:
         # typer turns Ctrl-C into exit code 130 without a word
         if isinstance(stop, SystemExit) and stop.code != _INTERRUPTED:
             raise
-        typer.echo("interrupted; nothing half-written was left behind", err=True)
+        typer.echo(
+            "interrupted; no half-written result was left behind, and the same command resumes a training run", err=True
+        )
         sys.exit(_INTERRUPTED)
 
 

@@ -19,21 +19,22 @@ def demo(
     """Check, embed and draw 2,700 blood cells that come with the package; a minute or two on a laptop."""
     from scdiva.errors import OutputError
 
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file", expected="a folder", fix="name another one with --out")
     if out.exists() and not overwrite and any(out.iterdir()):
         raise OutputError(f"{out} exists and is not empty", expected="a new folder", fix="use --out or --overwrite")
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
 
     typer.echo("1  check: what is in the file?")
-    from scdiva.cli.check import _text
     from scdiva.data.bundled import dataset_path
     from scdiva.models.scdiva import ScDiVa
     from scdiva.pp import check as run_check
 
     source = dataset_path("pbmc3k")
     loaded = ScDiVa.from_pretrained(model)
-    report = run_check(source, loaded.vocabulary)
-    typer.echo(_text(report))
+    report = run_check(source, loaded)
+    typer.echo(str(report))
 
     typer.echo(f"2  embed: every cell to {loaded.n_latent} numbers, by {loaded.name}")
     from scdiva.tl import embed_file
@@ -45,7 +46,7 @@ def demo(
     typer.echo("3  judge and draw: do neighbours share their cell type?")
     lines = _judge_and_draw(target, out / "umap.png")
     summary = out / "summary.txt"
-    summary.write_text("\n".join([_text(report), "", *lines, ""]), encoding="utf-8")
+    summary.write_text("\n".join([str(report), "", *lines, ""]), encoding="utf-8")
     for line in lines:
         typer.echo(f"   {line}")
     typer.echo(f"   {out / 'umap.png'}, {summary}")

@@ -69,8 +69,6 @@ def embed(
         f"{n_cells:,} cells embedded in {seconds:.1f} s by {record['model']}; counts from {record['counts_in']}; "
         f"{record['coverage']:.1%} of UMIs in the model's genes"
     )
-    if record["n_empty_cells"]:
-        typer.echo(
-            f"{record['n_empty_cells']:,} cells have no UMI in the model's genes: all at the same point", err=True
-        )
     typer.echo(f'{out}: .obsm["{key_added}"] ({n_cells:,} x {result.z.shape[1]})')
+    if result.denoised is not None:
+        typer.echo(f'{" " * len(str(out))}  .layers["scdiva_denoised"] ({", ".join(record["denoised_genes"])})')

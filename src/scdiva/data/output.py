@@ -35,6 +35,42 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{path} exists", expected="a new file", fix="name another one, or pass --overwrite")
 
 
+def check_record(slot: Any) -> None:
+    """Refuse an ``.uns["scdiva"]`` that is somebody else's.
+
+    Raises
+    ------
+    OutputError
+        It is not a dictionary.
+    """
+    if not isinstance(slot, Mapping) or not isinstance(slot.get("embed", {}), Mapping):
+        raise OutputError(
+            f".uns['scdiva'] holds a {type(slot).__name__} that is not ours",
+            expected="nothing, or the dictionary that scdiva writes",
+            fix="rename or delete it: del adata.uns['scdiva']",
+        )
+
+
+def check_recorded_in(path: Path) -> None:
+    """Refuse a file whose ``.uns["scdiva"]`` is somebody else's; anything that is no AnnData on disk passes."""
+    if path.suffix == ".h5ad" and path.is_file() and h5py.is_hdf5(path):
+        with h5py.File(path, "r") as file:
+            slot = file.get("uns/scdiva")
+            is_ours = slot is None or isinstance(slot, h5py.Group)
+    elif path.suffix == ".zarr" and path.is_dir():
+        is_ours = not (path / "uns" / "scdiva").is_dir() or _is_zarr_group(path / "uns" / "scdiva")
+    else:
+        return
+    if not is_ours:
+        check_record(None)
+
+
+def _is_zarr_group(path: Path) -> bool:
+    import zarr
+
+    return isinstance(zarr.open(path, mode="r"), zarr.Group)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path`` that takes its place when the block ends well, and vanishes otherwise.

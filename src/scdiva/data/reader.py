@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pandas as pd
@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from scdiva.data.scale import Scale, detect_scale
 from scdiva.data.source import CellSource, Matrix, open_source
+from scdiva.data.statistics import GeneStatistics
 from scdiva.errors import GeneError, KeyNotFoundError, ScaleError, ScdivaError, SourceError
-from scdiva.genes import GeneAlignment, GeneVocabulary, align_genes, require_human
+from scdiva.genes import GeneAlignment, GeneVocabulary, align_genes, detect_species, require_human
 from scdiva.types import CellCounts
 
 if TYPE_CHECKING:
@@ -27,8 +28,26 @@ MIN_COVERAGE = 0.5
 
 # columns in which the field keeps Ensembl ids (scanpy's readers, CELLxGENE, our own files)
 _ID_COLUMNS = ("ensembl_id", "gene_ids", "gene_id", "feature_id", "ensembl", "ensembl_ids", "ENSEMBL")
+# below this share of the model's expected UMIs, embeddings drift away from those of all genes (our decision)
+_MEASURED_SHARE = 0.7
+# with fewer genes than this, the sum over them says little about a cell's depth
+_FEW_GENES = 2000
 _N_SAMPLED_BLOCKS = 8
 _SAMPLED_BLOCK = 128
+
+
+class KnownGenes(Protocol):
+    """Genes with their statistics in a training corpus: a model, or a bundle without its weights."""
+
+    @property
+    def vocabulary(self) -> GeneVocabulary:
+        """Genes in order."""
+        ...
+
+    @property
+    def statistics(self) -> GeneStatistics:
+        """Their statistics."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +143,8 @@ class CountsReader:
         ``(n_features,)`` bool: columns that are genes (antibodies and peaks are left out, and counted).
     library_size_key
         Column of ``.obs`` with the library size; ``None`` to sum over the genes of the file.
+    sampled_coverage
+        Share of UMIs in genes of the vocabulary, over the sample of cells that was looked at on opening.
     """
 
     source: CellSource
@@ -131,6 +152,7 @@ class CountsReader:
     alignment: GeneAlignment
     is_gene: NDArray[np.bool_]
     library_size_key: str | None = None
+    sampled_coverage: float = float("nan")
 
     def __len__(self) -> int:
         """Return the number of cells."""
@@ -147,11 +169,19 @@ class CountsReader:
 
     def aligned(self, raw: sp.csr_matrix, indices: NDArray[np.int64]) -> CellCounts:
         """Bring raw rows of this source into vocabulary order."""
+        # a matrix-vector product: sums the genes only, without a copy of the block
+        library_size = np.asarray(raw @ self.is_gene.astype(np.float64)).ravel()
         if self.library_size_key is not None:
-            library_size = self.source.column(self.library_size_key).to_numpy(dtype=np.float64)[indices]
-        else:
-            # a matrix-vector product: sums the genes only, without a copy of the block
-            library_size = np.asarray(raw @ self.is_gene.astype(np.float64)).ravel()
+            named = self.source.column(self.library_size_key).to_numpy(dtype=np.float64)[indices]
+            n_smaller = int((named < library_size - 0.5).sum())
+            if n_smaller:
+                raise KeyNotFoundError(
+                    f".obs[{self.library_size_key!r}] of {self.source.name} is smaller than the sum of the counts in "
+                    f"{n_smaller} of {indices.size} cells",
+                    expected="each cell's total UMIs, over all genes of the experiment",
+                    fix="name another column or leave library_size_key out",
+                )
+            library_size = named
         return CellCounts(
             counts=self.alignment.apply(raw),
             library_size=library_size,
@@ -202,17 +232,47 @@ def open_counts(
     var = found.matrix.var
     names, ids, _ = gene_identifiers(var)
     is_gene = is_gene_expression(var)
+    _refuse_transposed(source, names)
     require_human(names[is_gene], None if ids is None else ids[is_gene])
     # features that are no genes must not match one by name (antibody "CD4")
     blank = np.where(is_gene, names, "")
     alignment = align_genes(blank, vocabulary, ids=None if ids is None else np.where(is_gene, ids, ""))
     if library_size_key is not None:
         _check_library_size(source, library_size_key)
-    reader = CountsReader(source, found, alignment, is_gene, library_size_key)
     sample = found.scale.to_counts(sample_rows(found.matrix), found.matrix.name)
     totals = np.asarray(sample.sum(axis=0), dtype=np.float64).ravel() * is_gene
     refuse_low_coverage(alignment, totals, min_coverage, source.name)
-    return reader
+    return CountsReader(source, found, alignment, is_gene, library_size_key, alignment.umi_share(totals))
+
+
+def measured_share(reader: CountsReader, model: KnownGenes) -> float:
+    """Return the share of a model's expected UMIs, by its corpus's mean profile, in genes that a source measures."""
+    mean = model.statistics.mean
+    return float(mean[reader.alignment.is_measured].sum() / max(mean.sum(), 1e-300))
+
+
+def reader_warnings(reader: CountsReader, model: KnownGenes | None) -> list[str]:
+    """Say what does not stand in the way of reading, but should be known before a result is believed."""
+    found = []
+    scale = reader.found.scale
+    if not scale.is_counts and not scale.has_constant_total:
+        found.append(
+            "the normalised values do not add up to the same total in every cell: genes were dropped after "
+            "normalisation; depths and CP10K are those of the genes that are left. Prefer .raw or the full matrix"
+        )
+    if model is not None:
+        share = measured_share(reader, model)
+        if share < _MEASURED_SHARE:
+            found.append(
+                f"the file measures genes that carry only {share:.0%} of the UMIs the model expects: a gene panel or a "
+                "selection of genes. Embeddings of it are not comparable with those of whole transcriptomes"
+            )
+    elif reader.alignment.n_vocabulary_genes_present < _FEW_GENES and reader.library_size_key is None:
+        found.append(
+            f"only {reader.alignment.n_vocabulary_genes_present} genes of the vocabulary are measured: if this is a "
+            "panel of a larger experiment, name the .obs column with each cell's total UMIs (library_size_key)"
+        )
+    return found
 
 
 def refuse_low_coverage(
@@ -230,6 +290,15 @@ def refuse_low_coverage(
             f"{', '.join(str(alignment.names[i]) for i in top) or 'none'})",
             expected=f"at least {min_coverage:.0%} (min_coverage)",
             fix="check that .var_names are human gene symbols or Ensembl ids, or lower min_coverage on purpose",
+        )
+
+
+def _refuse_transposed(source: CellSource, names: NDArray[np.str_]) -> None:
+    if detect_species(names) == "unknown" and detect_species(source.obs.index.astype(str)) != "unknown":
+        raise GeneError(
+            f"the .obs_names of {source.name} are genes (e.g. {source.obs.index[0]!r}), and its .var_names are not",
+            expected="cells in rows, genes in columns",
+            fix="transpose it: adata = adata.T",
         )
 
 

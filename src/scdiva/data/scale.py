@@ -24,9 +24,11 @@ from scdiva.errors import ScaleError
 _HOW_TO_FIX = "pass the raw counts, e.g. layer='counts', or read the file that came out of the aligner"
 # a unit is the smallest value of a cell; where no gene has count 1 the true unit is a half, a third, ... of it
 _UNIT_DIVISORS = (1, 2, 3, 4)
-# integers up to a few thousand survive log1p, float32 and expm1 with errors far below this
+# log1p, float32 and expm1 leave a relative error below 1e-6; integers up to tens of thousands are told apart by far
 _ROUNDING_TOLERANCE = 0.02
-_RELATIVE_TOLERANCE = 2e-5
+_RELATIVE_TOLERANCE = 2e-6
+# a value whose tolerance reaches this proves nothing; at least half of a cell's values must be below it
+_MEANINGLESS_TOLERANCE = 0.25
 
 
 class ScaleKind(StrEnum):
@@ -52,10 +54,14 @@ class Scale:
         What the values are.
     n_cells_checked
         Number of cells that were looked at; every further block is verified again when it is read.
+    has_constant_total
+        Whether normalised values add up to the same total in every cell that was looked at. They do not if genes were
+        dropped after normalisation.
     """
 
     kind: ScaleKind
     n_cells_checked: int
+    has_constant_total: bool = True
 
     @property
     def is_counts(self) -> bool:
@@ -67,7 +73,8 @@ class Scale:
         """One phrase for reports and provenance."""
         if self.is_counts:
             return "raw counts"
-        return f"{self.kind.value}, inverted to raw counts exactly"
+        subset = "" if self.has_constant_total else " (of the genes left after normalisation)"
+        return f"{self.kind.value}, inverted to raw counts exactly{subset}"
 
     def to_counts(self, block: sp.csr_matrix, where: str) -> sp.csr_matrix:
         """Turn one block of rows into int32 raw counts, verifying every value.
@@ -154,9 +161,10 @@ def _invert_rows(linear: NDArray[np.float64], indptr: NDArray[Any]) -> NDArray[n
     for divisor in _UNIT_DIVISORS:
         ratio = linear * (divisor / unit[row_of_value])
         rounded = np.rint(ratio)
-        is_off = np.abs(ratio - rounded) > _ROUNDING_TOLERANCE * divisor + _RELATIVE_TOLERANCE * ratio
-        n_off = np.bincount(row_of_value[is_off], minlength=unit.size)
-        is_solved = (n_off == 0) & ~is_done
+        tolerance = _ROUNDING_TOLERANCE * divisor + _RELATIVE_TOLERANCE * ratio
+        n_off = np.bincount(row_of_value[np.abs(ratio - rounded) > tolerance], minlength=unit.size)
+        n_blunt = np.bincount(row_of_value[tolerance > _MEANINGLESS_TOLERANCE], minlength=unit.size)
+        is_solved = (n_off == 0) & (2 * n_blunt <= n_stored) & ~is_done
         take = is_solved[row_of_value]
         counts[take] = rounded[take]
         is_done |= is_solved
@@ -201,12 +209,17 @@ def detect_scale(block: sp.csr_matrix, where: str) -> Scale:
     for kind in (ScaleKind.LOG1P, ScaleKind.NORMALISED, ScaleKind.LOG2P1, ScaleKind.LOG10P1):
         if kind in _LOG_BASE and positive.max() * np.log(_LOG_BASE[kind]) > np.log(1e8):
             continue  # expm1 would overflow any sensible total: not logged data
-        if _invert_rows(_linear(values, kind), block.indptr) is not None:
-            return Scale(kind, n_cells)
+        linear = _linear(values, kind)
+        if _invert_rows(linear, block.indptr) is not None:
+            row_of_value = np.repeat(np.arange(n_cells), np.diff(block.indptr))
+            totals = np.bincount(row_of_value, weights=linear, minlength=n_cells)
+            totals = totals[totals > 0]
+            return Scale(kind, n_cells, has_constant_total=bool(totals.std() < 0.01 * totals.mean()))
     looks_logged = positive.max() < 30
     raise ScaleError(
         f"{where} holds non-integer values ({positive.min():.4g} to {positive.max():.4g}) that do not go back to "
         f"integers by undoing {'log1p and ' if looks_logged else ''}a per-cell scaling",
         expected="raw counts, or log-normalised counts that can be inverted exactly",
-        fix=_HOW_TO_FIX + "; corrected or TPM-like values have no raw counts to go back to",
+        fix=_HOW_TO_FIX
+        + "; ambient-corrected counts must be rounded by you, on purpose; TPM has no counts to go back to",
     )

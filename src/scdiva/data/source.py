@@ -362,7 +362,7 @@ def _as_csr(rows: Any) -> sp.csr_matrix:
         )
     csr = sp.csr_matrix(rows)
     shares_memory = sp.issparse(rows) and csr.data is getattr(rows, "data", None)
-    if not csr.has_sorted_indices or (csr.data == 0).any():
+    if not csr.has_canonical_format or (csr.data == 0).any():
         csr = csr.copy() if shares_memory else csr
         csr.sum_duplicates()
         csr.eliminate_zeros()

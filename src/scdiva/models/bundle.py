@@ -70,6 +70,11 @@ class BundleContent:
     path: Path
     hash: str
 
+    @property
+    def name(self) -> str:
+        """The model's name, or that of its folder."""
+        return str(self.config.get("name") or self.path.name)
+
 
 def bundled_path(name: str) -> Path:
     """Return the folder of a bundled model; BundleError lists those there are."""
@@ -263,7 +268,9 @@ def _verify(path: Path) -> None:
         raise BundleError(
             f"{path} is no bundle (no {MANIFEST})",
             expected=f"a folder with {', '.join(FILES)} and {MANIFEST}",
-            fix="give the folder that training or from_pretrained wrote",
+            fix=f"did you mean {path / 'bundle'}?"
+            if (path / "bundle" / MANIFEST).exists()
+            else "give the folder that training or save_pretrained wrote",
         )
     hashes = _read_object(path / MANIFEST)
     for name in FILES:

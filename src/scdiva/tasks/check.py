@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scdiva.data.reader import MIN_COVERAGE, CountsReader, gene_identifiers, open_counts, refuse_low_coverage
+from scdiva.data.reader import (
+    MIN_COVERAGE,
+    CountsReader,
+    KnownGenes,
+    gene_identifiers,
+    measured_share,
+    open_counts,
+    reader_warnings,
+    refuse_low_coverage,
+)
 from scdiva.data.source import CellSource, open_source
 from scdiva.errors import GeneError, ScaleError, ScdivaError
 from scdiva.genes import GeneStatus, GeneVocabulary
@@ -17,8 +26,6 @@ if TYPE_CHECKING:
     from scdiva.data.source import DataLike
 
 _BLOCK = 2048
-_PANEL = 2000
-"""With fewer genes than this, the sum over them says little about a cell's depth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +37,7 @@ class Summary:
     maximum: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class CheckReport:
     """What is in a source, and the verdict.
 
@@ -64,8 +71,10 @@ class CheckReport:
         UMIs and detected genes per cell, over all genes of the file.
     n_empty_cells
         Cells without a single UMI in the vocabulary's genes.
-    vocabulary_fingerprint
-        Names the vocabulary.
+    vocabulary_fingerprint, genes_of
+        Names the vocabulary: of a model, or the full one.
+    measured_share
+        Share of the model's expected UMIs in genes that the file measures; only where a model was named.
     """
 
     name: str
@@ -85,6 +94,57 @@ class CheckReport:
     genes_per_cell: Summary | None = None
     n_empty_cells: int | None = None
     vocabulary_fingerprint: str | None = None
+    genes_of: str = "the full vocabulary"
+    measured_share: float | None = None
+
+    def __str__(self) -> str:
+        """Return the report as text."""
+        lines = [f"{self.name}: {self.n_cells:,} cells x {self.n_features:,} features"]
+
+        def add(label: str, value: str) -> None:
+            lines.append(f"  {label:<22}{value}")
+
+        if self.counts_in is not None:
+            add("counts", self.counts_in)
+        genes = self.genes
+        if genes is not None and self.coverage is not None:
+            add("UMIs covered", f"{self.coverage:.2%} by the genes of {self.genes_of}")
+            parts = {
+                "by Ensembl id": genes["by_id"],
+                "by symbol": genes["by_symbol"],
+                "by alias": genes["by_alias"],
+                "moved id": genes["moved"],
+                "former symbol": genes["by_history"],
+            }
+            add("genes matched", f"{genes['n_used']:,} ({', '.join(f'{n:,} {k}' for k, n in parts.items() if n)})")
+            rest = {
+                "ambiguous": genes["ambiguous"],
+                "known, not in the vocabulary": genes["outside"],
+                "unknown": genes["missing"],
+                "no genes (antibodies, peaks)": genes["not_genes"],
+            }
+            add("not matched", ", ".join(f"{n:,} {k}" for k, n in rest.items() if n) or "none")
+            if genes["n_merged"]:
+                add("summed", f"{genes['n_merged']:,} columns into the gene of another column")
+        if self.largest_unmatched:
+            shown = list(self.largest_unmatched.items())[:5]
+            add("largest unmatched", ", ".join(f"{name} ({share:.2%})" for name, share in shown))
+        for label, summary in (("UMIs per cell", self.library_size), ("genes per cell", self.genes_per_cell)):
+            if summary is not None:
+                add(label, f"median {summary.median:,.0f} ({summary.minimum:,.0f} to {summary.maximum:,.0f})")
+        if self.n_empty_cells:
+            add("empty cells", f"{self.n_empty_cells:,}")
+        for warning in self.warnings:
+            add("note", warning)
+        if self.problem is None:
+            add("verdict", "usable as it is")
+        else:
+            add("verdict", "NOT usable")
+            for key in ("found", "expected", "fix"):
+                add(f"  {key}", self.problem[key])
+        return "\n".join(lines)
+
+    __repr__ = __str__
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and numbers (JSON)."""
@@ -93,7 +153,7 @@ class CheckReport:
 
 def check(
     data: DataLike,
-    vocabulary: GeneVocabulary | None = None,
+    model: KnownGenes | None = None,
     *,
     layer: str | None = None,
     library_size_key: str | None = None,
@@ -105,8 +165,8 @@ def check(
     ----------
     data
         AnnData or path.
-    vocabulary
-        Genes to align to; the default vocabulary if left out, or a model's.
+    model
+        Judge by the genes of this model, as embed will; by the full vocabulary if left out.
     layer, library_size_key, min_coverage
         As in :func:`scdiva.data.reader.open_counts`.
 
@@ -121,16 +181,19 @@ def check(
         The source cannot be read at all, or the layer or column does not exist.
     """
     source = open_source(data)
-    vocabulary = vocabulary or GeneVocabulary.default()
+    vocabulary = GeneVocabulary.default() if model is None else model.vocabulary
+    genes_of = "the full vocabulary" if model is None else str(getattr(model, "name", "the model"))
     n_features = next(iter(source.matrices.values())).shape[1]
     try:
         reader = open_counts(source, vocabulary, layer=layer, library_size_key=library_size_key, min_coverage=0.0)
-        return _full_report(source, reader, min_coverage)
+        return _full_report(source, reader, model, genes_of, min_coverage)
     except (ScaleError, GeneError) as error:
         return CheckReport(source.name, source.n_cells, n_features, is_usable=False, problem=_as_problem(error))
 
 
-def _full_report(source: CellSource, reader: CountsReader, min_coverage: float) -> CheckReport:
+def _full_report(
+    source: CellSource, reader: CountsReader, model: KnownGenes | None, genes_of: str, min_coverage: float
+) -> CheckReport:
     alignment, matrix = reader.alignment, reader.found.matrix
     column_totals = np.zeros(matrix.shape[1])
     library_size, genes_per_cell = np.zeros(source.n_cells), np.zeros(source.n_cells)
@@ -161,7 +224,7 @@ def _full_report(source: CellSource, reader: CountsReader, min_coverage: float) 
         n_features=matrix.shape[1],
         is_usable=problem is None,
         problem=None if problem is None else _as_problem(problem),
-        warnings=_warnings(reader, genes, n_empty, int(names.duplicated().sum())),
+        warnings=_warnings(reader, model, genes, n_empty, int(names.duplicated().sum())),
         counts_in=reader.found.description,
         n_genes=int(reader.is_gene.sum()),
         n_duplicated_gene_names=int(names.duplicated().sum()),
@@ -173,10 +236,14 @@ def _full_report(source: CellSource, reader: CountsReader, min_coverage: float) 
         genes_per_cell=_summary(genes_per_cell),
         n_empty_cells=n_empty,
         vocabulary_fingerprint=alignment.vocabulary.fingerprint,
+        genes_of=genes_of,
+        measured_share=None if model is None else measured_share(reader, model),
     )
 
 
-def _warnings(reader: CountsReader, genes: Mapping[str, int], n_empty: int, n_duplicated: int) -> tuple[str, ...]:
+def _warnings(
+    reader: CountsReader, model: KnownGenes | None, genes: Mapping[str, int], n_empty: int, n_duplicated: int
+) -> tuple[str, ...]:
     found = []
     if not reader.found.scale.is_counts:
         found.append(f"{reader.found.matrix.name} is not raw counts; they are recovered exactly, cell by cell")
@@ -191,15 +258,10 @@ def _warnings(reader: CountsReader, genes: Mapping[str, int], n_empty: int, n_du
             f"{genes['n_excel_damaged']} gene names were turned into dates by a spreadsheet (such as 2-Sep): "
             "take the names from the original file"
         )
-    if genes["n_genes"] < _PANEL and reader.library_size_key is None:
-        found.append(
-            f"only {genes['n_genes']} genes of the vocabulary are measured: if this is a panel of a larger experiment, "
-            "name the .obs column with each cell's total UMIs (library_size_key)"
-        )
     if genes["ambiguous"]:
         shown = ", ".join(reader.alignment.names_with(GeneStatus.AMBIGUOUS)[:5])
         found.append(f"{genes['ambiguous']} gene names are ambiguous and not used ({shown}): use Ensembl ids")
-    return tuple(found)
+    return (*found, *reader_warnings(reader, model))
 
 
 def _summary(values: np.ndarray) -> Summary:

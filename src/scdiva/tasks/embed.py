@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -11,15 +13,20 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from scdiva.data.loader import ordered_blocks
-from scdiva.data.reader import CountsReader
-from scdiva.errors import GeneError, OutputError, ScdivaError
+from scdiva.data.reader import CountsReader, measured_share, reader_warnings
+from scdiva.errors import ConfigError, GeneError, OutputError, ScdivaError
 from scdiva.models.base import Embedder, ProfileDecoder
+from scdiva.types import CellCounts
 
 BatchSize = int | Literal["auto"]
 
 _AUTO_BLOCK = 1024
 """Cells per block; larger ones cost memory and gain no speed."""
 _SMALLEST_BLOCK = 32
+_EMPTY = "{} cells have no UMI in the model's genes; all of them are at the model's point of no information"
+_Block = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +80,8 @@ def embed(
     ------
     GeneError
         The reader is aligned to another vocabulary, or a gene to denoise is unknown to the model or not in the file.
+    ConfigError
+        ``batch_size`` is not positive.
     OutputError
         Genes to denoise were asked for, and the counts are those of ``.raw``.
     """
@@ -82,36 +91,50 @@ def embed(
             expected=f"fingerprint {model.vocabulary.fingerprint[:12]}",
             fix="open them with open_counts(data, model.vocabulary)",
         )
-    decoder, genes, columns = _genes_to_denoise(denoise, reader, model)
-    block_size = _AUTO_BLOCK if batch_size == "auto" else int(batch_size)
+    if batch_size != "auto" and batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size}", expected="'auto' or a positive number", fix="leave it out")
+    names = (denoise,) if isinstance(denoise, str) else tuple(denoise)
+    decoder, genes, columns = _genes_to_denoise(names, reader, model)
+    run = partial(_embed_block, model=model, decoder=decoder, genes=genes)
     z = np.empty((len(reader), model.n_latent), dtype=np.float32)
     expected = np.empty((len(reader), genes.size), dtype=np.float32)
     n_counts, library_size, n_empty, start = 0.0, 0.0, 0, 0
-    for cells in ordered_blocks(reader, block_size):
+    for cells in ordered_blocks(reader, _AUTO_BLOCK if batch_size == "auto" else batch_size):
         rows = slice(start, start + cells.n_cells)
-        z[rows] = _with_back_off(model.embed, cells, can_shrink=batch_size == "auto")
-        if decoder is not None:
-            expected[rows] = decoder.expected_profile(z[rows], genes)
+        z[rows], expected[rows] = _with_back_off(run, cells, can_shrink=batch_size == "auto")
         n_counts += float(cells.counts.sum())
         library_size += float(cells.library_size.sum())
         n_empty += int((np.diff(cells.counts.indptr) == 0).sum())
         start += cells.n_cells
         if on_block is not None:
             on_block(start)
+    own_umis = reader.library_size_key is None
     record = {
         **model.provenance,
         "n_latent": model.n_latent,
         "counts_in": reader.found.description,
-        "coverage": n_counts / library_size if library_size else 0.0,
+        "coverage": n_counts / library_size if own_umis and library_size else reader.sampled_coverage,
+        "measured_share": measured_share(reader, model),
+        "library_size_key": reader.library_size_key or "",
         "n_empty_cells": n_empty,
         "genes": reader.alignment.counts(),
     }
+    for warning in (*reader_warnings(reader, model), *([_EMPTY.format(n_empty)] if n_empty else [])):
+        log.warning("%s: %s", reader.source.name, warning)
     denoised = None
     if genes.size:
         denoised = _scatter(np.log1p(expected), columns, len(reader.is_gene))
-        record["denoised_genes"] = [str(g) for g in denoise]
+        record["denoised_genes"] = list(names)
         record["denoised_unit"] = "log1p of expected CP10K"
     return Embedding(z, denoised, record)
+
+
+def _embed_block(
+    cells: CellCounts, *, model: Embedder, decoder: ProfileDecoder | None, genes: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return z and the expected CP10K of the genes to denoise (no columns if there are none)."""
+    z = model.embed(cells)
+    return z, np.empty((cells.n_cells, 0), np.float32) if decoder is None else decoder.expected_profile(z, genes)
 
 
 def _genes_to_denoise(
@@ -157,7 +180,7 @@ def _scatter(values: NDArray[np.float32], columns: NDArray[np.int64], n_features
     )
 
 
-def _with_back_off(run: Callable[[Any], NDArray[np.float32]], cells: Any, *, can_shrink: bool) -> NDArray[np.float32]:
+def _with_back_off(run: Callable[[CellCounts], _Block], cells: CellCounts, *, can_shrink: bool) -> _Block:
     """Run a block; when the device is out of memory, run its halves instead."""
     # deferred: torch is loaded by the model anyway, and the error class is all that is needed of it
     import torch
@@ -174,4 +197,5 @@ def _with_back_off(run: Callable[[Any], NDArray[np.float32]], cells: Any, *, can
     torch.cuda.empty_cache()
     half = cells.n_cells // 2
     parts = (np.arange(half), np.arange(half, cells.n_cells))
-    return np.concatenate([_with_back_off(run, cells.take(rows), can_shrink=True) for rows in parts])
+    first, second = (_with_back_off(run, cells.take(rows), can_shrink=True) for rows in parts)
+    return np.concatenate([first[0], second[0]]), np.concatenate([first[1], second[1]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -114,7 +115,8 @@ def pretrain(config: RunConfig, out_dir: str | Path, *, progress: bool = True) -
         with torch.no_grad():
             network.log_profile.copy_(torch.from_numpy(statistics.log_mean_profile()))
     objective = SplitProfileObjective(network, config.objective)
-    fitted, metrics = _fit(objective, cells, train, heldout, config, out, progress=progress)
+    identity = {"content_of_the_files": _content_hash(corpus, statistics)}
+    fitted, metrics = _fit(objective, cells, train, heldout, config, out, identity, progress=progress)
     details = {
         "name": config.name or out.name,
         "description": config.description,
@@ -142,8 +144,9 @@ def adapt(
 ) -> TrainedModel:
     """Continue the training of a model on a user's own unlabelled cells.
 
-    Nothing is learned from labels. The mean profile starts at that of the new cells; everything else starts at the
-    model. Training stops when the held-out cells no longer gain; a model that gains nothing stays as it was.
+    Nothing is learned from labels. The mean profile of the decoder starts at that of the new cells; everything else
+    starts at the model. Training stops when the held-out cells no longer gain; if they gain nothing at all, the
+    embedding is that of the model.
 
     Parameters
     ----------
@@ -184,8 +187,13 @@ def adapt(
     own = GeneStatistics.from_blocks(ordered_blocks(cells, _BLOCK, indices=train))
     with torch.no_grad():
         network.log_profile.copy_(torch.from_numpy(own.log_mean_profile()))
+    identity = {
+        "content_of_the_files": _content_hash(corpus, own),
+        "model_to_start_from": _weights_hash(model),
+        "objective": settings.model_dump_json(),
+    }
     fitted, metrics = _fit(
-        SplitProfileObjective(network, settings), cells, train, heldout, loop, out, progress=progress
+        SplitProfileObjective(network, settings), cells, train, heldout, loop, out, identity, progress=progress
     )
     record = _training_record(corpus, groups, train, heldout, fitted, loop, ["the user's own data"])
     details = {
@@ -294,6 +302,7 @@ def _fit(
     heldout: NDArray[np.int64],
     config: LoopConfig,
     out: Path,
+    identity: Mapping[str, str],
     *,
     progress: bool,
 ) -> tuple[FitResult, dict[str, float]]:
@@ -305,6 +314,7 @@ def _fit(
         config=config,
         out_dir=out,
         monitor="profile_nll",
+        identity=identity,
         progress=progress,
     )
     objective.eval()
@@ -363,6 +373,26 @@ def _coverage(reader: CountsReader, rows: NDArray[np.int64] | None) -> float:
     for block in ordered_blocks(reader, _BLOCK, indices=rows):
         inside, total = inside + float(block.counts.sum()), total + float(block.library_size.sum())
     return inside / total if total else 0.0
+
+
+def _content_hash(corpus: CellCorpus, statistics: GeneStatistics) -> str:
+    """Fingerprint what is trained on: sources, cell names, where the counts are, genes and the counts per gene."""
+    digest = hashlib.sha256(corpus.vocabulary.fingerprint.encode())
+    for reader in corpus.readers:
+        digest.update(f"{reader.source.name}\n{reader.found.description}\n".encode())
+        digest.update("\n".join(map(str, reader.source.obs.index)).encode())
+    for array in (statistics.sum_counts, statistics.n_detected):
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _weights_hash(model: ScDiVa) -> str:
+    """Fingerprint the weights of a model, saved or not."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _saved(model: ScDiVa, out: Path, fitted: FitResult, metrics: dict[str, float]) -> TrainedModel:

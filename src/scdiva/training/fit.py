@@ -103,6 +103,7 @@ def fit(
     config: LoopConfig,
     out_dir: str | Path,
     monitor: str = "loss",
+    identity: Mapping[str, str] | None = None,
     callbacks: Sequence[pl.Callback] = (),
     progress: bool = True,
 ) -> FitResult:
@@ -124,6 +125,9 @@ def fit(
         ``seed``, ``data``, ``optim`` and ``training`` are used; all of it is compared with the folder's configuration.
     out_dir
         Folder of the run.
+    identity
+        What else the folder belongs to, by name: fingerprints of the cells' content or of the initial weights. A later
+        call with other values is refused.
     monitor
         Which held-out value is minimised: ``"loss"`` or a term of the loss.
     callbacks
@@ -150,7 +154,8 @@ def fit(
     device = _resolve_device(training)
     n_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))  # set by torchrun
     world_size = n_nodes * training.n_devices
-    _claim_folder(out, config, {"cells": _fingerprint(collection, train, heldout), "n_processes": world_size})
+    cells = _fingerprint(collection, train, heldout)
+    _claim_folder(out, config, {"cells": cells, "n_processes": world_size, **(identity or {})})
 
     finished = _finished(out, training)
     if finished is None:

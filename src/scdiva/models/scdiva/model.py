@@ -169,6 +169,13 @@ class ScDiVa:
             ) from error
         return self
 
+    def __repr__(self) -> str:
+        """Name the model and its size."""
+        return (
+            f"ScDiVa({self.name}: {self.n_parameters:,} parameters, {self.vocabulary.n_genes:,} genes, "
+            f"n_latent={self.n_latent}, hash {self.bundle_hash[:12] or 'not saved'})"
+        )
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
