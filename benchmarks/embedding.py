@@ -41,6 +41,8 @@ SETS = (
     "pancreas_baron_h1",
     "pancreas_baron_h234",
 )
+# the sets on which methods differ most; elsewhere the slow scVI gets one seed
+UNSATURATED = SETS[:3]
 METHODS = {
     "scdiva": "scdiva, as it comes",
     "scdiva_adapted": "scdiva, adapted to the set without labels",
@@ -141,6 +143,10 @@ def score(z: NDArray, is_scored: NDArray, labels: NDArray, seeds: range, nmi_see
     }
 
 
+def seeds_of(name: str, method: str, n_seeds: int) -> int:
+    return 1 if method == "scvi" and name not in UNSATURATED else n_seeds
+
+
 def run(bench: Bench, names: list[str], methods: list[str], n_seeds: int) -> dict:
     results: dict = {}
     for name in names:
@@ -148,7 +154,7 @@ def run(bench: Bench, names: list[str], methods: list[str], n_seeds: int) -> dic
         rows: dict = {}
         for method in methods:
             per_seed = []
-            for seed in range(n_seeds):
+            for seed in range(seeds_of(name, method, n_seeds)):
                 z, seconds = bench.embedding(name, method, seed)
                 # every seed of a method meets every seed of the folds once: embeddings that have no seed still vary
                 per_seed.append(score(z, is_scored, labels, range(seed, seed + 1), range(10)))
@@ -239,7 +245,7 @@ def main() -> None:
     if arguments.only_embed:
         for name in names:
             for method in arguments.methods:
-                for seed in range(arguments.seeds):
+                for seed in range(seeds_of(name, method, arguments.seeds)):
                     bench.embedding(name, method, seed)
         return
     results = run(bench, names, arguments.methods, arguments.seeds)
@@ -248,7 +254,8 @@ def main() -> None:
         head = (
             "# Embedding: nearest neighbours and clusters by known cell types\n\n"
             f"Model {model.name}, hash {model.bundle_hash[:12]}. Made by `benchmarks/embedding.py`; "
-            f"{arguments.seeds} seeds (folds, methods), ten seeds of k-means; mean ± standard deviation over seeds. "
+            f"{arguments.seeds} seeds (folds, methods), ten seeds of k-means; mean ± standard deviation over seeds; "
+            "scVI one seed outside the first three sets. "
             "HVG: scanpy's `seurat` flavour on log1p(CP10K).\n\n"
         )
         arguments.out.with_suffix(".md").write_text(head + table(results), encoding="utf-8")
