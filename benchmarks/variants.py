@@ -85,7 +85,7 @@ def run_pretrain(arguments: argparse.Namespace) -> list[str]:
 def run_adapt(arguments: argparse.Namespace) -> list[str]:
     base = ScDiVa.from_pretrained(arguments.model, device="cpu")
     rows = []
-    for name in SETS[:3]:
+    for name in arguments.sets:
         path = arguments.data / f"{name}.h5ad"
         rows += ["", f"{name}:", "", header("variant", (name,))]
         rows.append(f"| not adapted | | | | {judge(base, arguments.data, (name,))[0]} |")
@@ -118,6 +118,9 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/blood-tiny.toml"))
     parser.add_argument("--model", default="scdiva-blood-tiny")
     parser.add_argument("--runs", type=Path, default=Path("runs/variants"))
+    parser.add_argument(
+        "--sets", nargs="*", default=["breast_immune_spectra_1k"], help="for adapt: the sets to adapt to"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()

@@ -38,7 +38,9 @@ _configs = st.builds(
     RunConfig,
     seed=st.integers(0, 2**53),
     name=_text,
-    data=st.builds(DataConfig, root=_text, files=st.lists(_files, max_size=3).map(tuple), heldout_fraction=_share),
+    data=st.builds(
+        DataConfig, root=_text, files=st.lists(_files, max_size=3).map(tuple), heldout_fraction=_share.filter(bool)
+    ),
     optim=st.builds(
         OptimConfig,
         lr=st.floats(1e-12, 1e3),

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from anndata.io import write_elem
 
 import ten_x_files
 from scdiva.data.reader import open_counts
@@ -200,3 +202,11 @@ def test_duplicated_cell_names_are_named(adata):
     adata.obs_names = ["twin", "twin", *adata.obs_names[2:]]
     with pytest.raises(SourceError, match="'twin'"):
         open_source(adata)
+
+
+def test_an_empty_element_in_the_place_of_raw_is_no_raw(adata, tmp_path):
+    with h5py.File(tmp_path / "a.h5ad", "w") as file:
+        write_elem(file, "/", adata)  # writes a null for .raw, which adata.write_h5ad leaves out
+        assert "raw" in file
+    source = open_source(tmp_path / "a.h5ad")
+    assert list(source.matrices) == ["X"]

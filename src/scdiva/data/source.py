@@ -245,7 +245,8 @@ def _from_group(group: Any, path: Path, name: str) -> CellSource:
         for key in sorted(group["layers"].keys()) if "layers" in group else []:
             label = f"layers[{key!r}]"
             matrices[label] = Matrix(label, _on_disk(group["layers"][key], label), var)
-        if "raw" in group and "X" in group["raw"]:
+        # an absent .raw may also be there, as an empty element that is no group
+        if "raw" in group and hasattr(group["raw"], "keys") and "X" in group["raw"]:
             raw_var = read_elem(group["raw"]["var"])
             matrices["raw.X"] = Matrix("raw.X", _on_disk(group["raw"]["X"], "raw.X"), raw_var)
     except SourceError:
