@@ -112,12 +112,14 @@ def scored_cells(path: Path) -> tuple[NDArray[np.bool_], NDArray[np.str_]]:
 
 
 def ceiling(bench: Bench, name: str, seed: int) -> tuple[float, float]:
-    """Logistic regression with labels on log1p(CP10K) of all genes, five folds: what the counts can tell."""
+    """Logistic regression with labels on log1p(CP10K) of all genes, five folds.
+
+    What a classifier that is shown labels makes of the counts: the height that embeddings without labels are measured
+    by. It is no bound; where the authors' labels come from clusters of a PCA, neighbours in a PCA can agree better.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import f1_score
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import MaxAbsScaler
 
     from scdiva.baselines.embedding import _log_matrix
 
@@ -125,7 +127,7 @@ def ceiling(bench: Bench, name: str, seed: int) -> tuple[float, float]:
     reader = open_counts(bench.path(name), bench.model.vocabulary)
     x = _log_matrix(reader.read(np.flatnonzero(is_scored)))
     x = x[:, np.asarray((x > 0).sum(axis=0)).ravel() >= 3]
-    classifier = make_pipeline(MaxAbsScaler(), LogisticRegression(C=0.3, max_iter=200))
+    classifier = LogisticRegression(C=0.1, max_iter=100)
     folds = StratifiedKFold(5, shuffle=True, random_state=seed)
     predicted = cross_val_predict(classifier, x, labels, cv=folds)
     return float((predicted == labels).mean()), float(f1_score(labels, predicted, average="macro"))
@@ -199,7 +201,7 @@ def table(results: dict) -> str:
         ]
         titles = {
             **METHODS,
-            "ceiling": "logistic regression with labels, all genes (ceiling)",
+            "ceiling": "logistic regression that is shown labels, all genes (ceiling)",
             "majority": "always the most frequent type",
         }
         for method, row in result["rows"].items():
@@ -255,7 +257,8 @@ def main() -> None:
             "# Embedding: nearest neighbours and clusters by known cell types\n\n"
             f"Model {model.name}, hash {model.bundle_hash[:12]}. Made by `benchmarks/embedding.py`; "
             f"{arguments.seeds} seeds (folds, methods), ten seeds of k-means; mean ± standard deviation over seeds; "
-            "scVI one seed outside the first three sets. "
+            "scVI one seed outside the first three sets. The ceiling is what a classifier makes of the counts that is "
+            "shown labels; where labels come from clusters of a PCA, neighbours in an embedding can agree better. "
             "HVG: scanpy's `seurat` flavour on log1p(CP10K).\n\n"
         )
         arguments.out.with_suffix(".md").write_text(head + table(results), encoding="utf-8")
