@@ -36,6 +36,9 @@ class CellCounts:
     is_measured
         ``(n_sources, n_genes)`` bool: the genes that each source file has a column for. An unmeasured gene is
         unknown, not zero.
+    condition
+        ``(n_cells, n_fields)`` int32: what is known of each cell's cell type, tissue and so on, as codes of the
+        model's condition fields; 0 is unknown, code c the (c - 1)th label of the field. No fields where none are used.
     """
 
     counts: sp.csr_matrix
@@ -43,6 +46,12 @@ class CellCounts:
     cell_index: NDArray[np.int64]
     source_of_cell: NDArray[np.int32]
     is_measured: NDArray[np.bool_]
+    condition: NDArray[np.int32] = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int32))
+
+    def __post_init__(self) -> None:
+        """Give cells without condition fields the shape that belongs to it."""
+        if self.condition.shape[1] == 0 and self.condition.shape[0] != self.counts.shape[0]:
+            object.__setattr__(self, "condition", np.zeros((self.counts.shape[0], 0), dtype=np.int32))
 
     @property
     def n_cells(self) -> int:
@@ -62,6 +71,7 @@ class CellCounts:
             cell_index=self.cell_index[rows],
             source_of_cell=self.source_of_cell[rows],
             is_measured=self.is_measured,
+            condition=self.condition[rows],
         )
 
 
@@ -94,11 +104,17 @@ class LossOutput:
         Named, detached scalar tensors; the loop logs them and averages them over cells.
     n_cells
         Number of cells that the means run over.
+    n_tokens
+        Tokens that went through the trunk; 0 where there is none.
+    n_flops
+        Floating-point operations of the trunk's matrix products, forward only; 0 where it is not counted.
     """
 
     loss: torch.Tensor
     terms: Mapping[str, torch.Tensor] = field(default_factory=dict)
     n_cells: int = 1
+    n_tokens: int = 0
+    n_flops: int = 0
 
 
 class Inputs(Protocol):
@@ -118,6 +134,10 @@ class Objective(Protocol):
 
     def prepare(self, cells: CellCounts, rng: np.random.Generator) -> Any:
         """Turn raw counts into the tensors of one minibatch."""
+        ...
+
+    def prepare_heldout(self, cells: CellCounts, rng: np.random.Generator) -> Any:
+        """Turn held-out cells into what the objective is evaluated on; often the same as :meth:`prepare`."""
         ...
 
     def __call__(self, inputs: Any, generator: torch.Generator) -> LossOutput:

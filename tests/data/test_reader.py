@@ -5,9 +5,10 @@ import pytest
 import scipy.sparse as sp
 from test_sources import assert_equal, read_all
 
+from scdiva.data.conditions import ConditionLabels
 from scdiva.data.reader import CellCorpus, CellsInMemory, list_sources, open_corpus, open_counts
 from scdiva.data.source import open_source
-from scdiva.errors import GeneError, KeyNotFoundError, ScaleError, SourceError
+from scdiva.errors import ConfigError, GeneError, KeyNotFoundError, ScaleError, SourceError
 from scdiva.genes import GeneVocabulary
 
 DEFAULT = GeneVocabulary.default()
@@ -225,6 +226,74 @@ class TestCorpus:
     def test_readers_of_different_vocabularies_do_not_mix(self, adata):
         readers = (open_counts(adata, DEFAULT), open_counts(adata, DEFAULT.subset(np.arange(300))))
         with pytest.raises(GeneError, match="different vocabularies"):
+            CellCorpus(readers, (None, None))
+
+
+class TestConditions:
+    LABELS = ConditionLabels.from_dict({"cell_type": ["type 2", "type 0"], "tissue": ["blood"]})
+
+    def code(self, cell_type) -> list[int]:
+        return [{"type 2": 1, "type 0": 2}.get(text, 0) for text in cell_type]
+
+    def test_no_conditions_by_default(self, adata):
+        reader = open_counts(adata, DEFAULT)
+        assert reader.conditions == ConditionLabels.none()
+        assert reader.read(np.array([3, 1])).condition.shape == (2, 0)
+
+    def test_codes_follow_the_cells_that_are_read(self, h5ad, adata):
+        reader = open_counts(h5ad, DEFAULT, conditions=self.LABELS)
+        order = np.array([119, 3, 3, 50])
+        found = reader.read(order).condition
+        assert found.dtype == np.int32
+        np.testing.assert_array_equal(found[:, 0], self.code(adata.obs["cell_type"].iloc[order]))
+        np.testing.assert_array_equal(found[:, 1], 0)  # the file has no such column
+
+    def test_columns_with_other_names(self, adata):
+        adata.obs["site"] = ["blood", "?"] * 60
+        reader = open_counts(adata, DEFAULT, conditions=self.LABELS, condition_columns={"tissue": "site"})
+        np.testing.assert_array_equal(reader.read(np.arange(4)).condition[:, 1], [1, 0, 1, 0])
+        again = reader.with_conditions(self.LABELS)
+        assert not again.read(np.arange(4)).condition[:, 1].any()
+
+    def test_conditions_can_be_given_later_and_counts_stay(self, adata):
+        plain = open_counts(adata, DEFAULT)
+        reader = plain.with_conditions(self.LABELS)
+        assert_equal(reader.read(np.arange(120)), plain.read(np.arange(120)))
+        np.testing.assert_array_equal(
+            reader.read(np.arange(120)).condition,
+            open_counts(adata, DEFAULT, conditions=self.LABELS).read(np.arange(120)).condition,
+        )
+        assert plain.read(np.arange(3)).condition.shape == (3, 0)
+
+    def test_a_column_that_does_not_exist_or_is_of_no_field_is_refused(self, adata):
+        with pytest.raises(KeyNotFoundError, match=r"'site'.*'tissue'.*cell_type, batch"):
+            open_counts(adata, DEFAULT, conditions=self.LABELS, condition_columns={"tissue": "site"})
+        with pytest.raises(ConfigError, match="'batch'"):
+            open_counts(adata, DEFAULT, conditions=self.LABELS, condition_columns={"batch": "batch"})
+        with pytest.raises(ConfigError, match="'tissue'"):
+            open_counts(adata, DEFAULT, condition_columns={"tissue": "batch"})
+
+    def test_a_corpus_stacks_them_file_by_file(self, adata, tmp_path):
+        first, second = adata[:50].copy(), adata[50:].copy()
+        second.obs = second.obs.rename(columns={"cell_type": "label"})
+        second.write_h5ad(tmp_path / "second.h5ad")
+        corpus = open_corpus([first, tmp_path / "second.h5ad"], DEFAULT)
+        coded = corpus.with_conditions(self.LABELS, [{}, {"cell_type": "label"}])
+        assert coded.conditions == self.LABELS
+        assert corpus.conditions == ConditionLabels.none()
+        expected = np.array(self.code(adata.obs["cell_type"]))
+        order = np.random.default_rng(0).permutation(120)
+        np.testing.assert_array_equal(coded.read(order).condition[:, 0], expected[order])
+        unnamed = corpus.with_conditions(self.LABELS)
+        np.testing.assert_array_equal(unnamed.read(np.arange(120)).condition[:50, 0], expected[:50])
+        assert not unnamed.read(np.arange(50, 120)).condition.any()
+        memory = CellsInMemory.of(coded)
+        np.testing.assert_array_equal(memory.read(order[:7]).condition, coded.read(order[:7]).condition)
+
+    def test_readers_of_different_conditions_do_not_mix(self, adata):
+        turned = ConditionLabels.from_dict(dict(reversed(self.LABELS.to_dict().items())))
+        readers = tuple(open_counts(adata, DEFAULT, conditions=labels) for labels in (self.LABELS, turned))
+        with pytest.raises(SourceError, match=r"different condition labels.*with_conditions"):
             CellCorpus(readers, (None, None))
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +13,7 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from scdiva.data.conditions import ConditionLabels, condition_codes
 from scdiva.data.scale import Scale, detect_scale
 from scdiva.data.source import CellSource, Matrix, open_source
 from scdiva.data.statistics import GeneStatistics
@@ -145,6 +146,15 @@ class CountsReader:
         Column of ``.obs`` with the library size; ``None`` to sum over the genes of the file.
     sampled_coverage
         Share of UMIs in genes of the vocabulary, over the sample of cells that was looked at on opening.
+    conditions
+        Fields and labels that cells are coded by; none by default.
+    condition_columns
+        Column of ``.obs`` of a field; a field that is not named is looked for under its own name.
+
+    Attributes
+    ----------
+    condition
+        ``(n_cells, n_fields)`` int32 codes of all cells of the source, made once; 0 is unknown.
     """
 
     source: CellSource
@@ -153,6 +163,31 @@ class CountsReader:
     is_gene: NDArray[np.bool_]
     library_size_key: str | None = None
     sampled_coverage: float = float("nan")
+    conditions: ConditionLabels = field(default_factory=ConditionLabels.none)
+    condition_columns: Mapping[str, str] = field(default_factory=dict)
+    condition: NDArray[np.int32] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Look up the condition codes of all cells."""
+        codes = condition_codes(self.source, self.conditions, self.condition_columns)
+        object.__setattr__(self, "condition", codes)
+
+    def with_conditions(
+        self, conditions: ConditionLabels, condition_columns: Mapping[str, str] | None = None
+    ) -> CountsReader:
+        """Return a reader of the same counts that codes its cells by other conditions.
+
+        Labels are collected from files that are open (:func:`~scdiva.data.conditions.collect_labels`), so a reader
+        learns of them afterwards.
+
+        Raises
+        ------
+        ConfigError
+            A column is named for something that is no condition field.
+        KeyNotFoundError
+            A named column does not exist.
+        """
+        return replace(self, conditions=conditions, condition_columns=dict(condition_columns or {}))
 
     def __len__(self) -> int:
         """Return the number of cells."""
@@ -188,6 +223,7 @@ class CountsReader:
             cell_index=indices,
             source_of_cell=np.zeros(indices.size, dtype=np.int32),
             is_measured=self.alignment.is_measured[None, :],
+            condition=self.condition[indices],
         )
 
     def describe(self, indices: Sequence[int]) -> str:
@@ -204,6 +240,8 @@ def open_counts(
     layer: str | None = None,
     library_size_key: str | None = None,
     min_coverage: float = MIN_COVERAGE,
+    conditions: ConditionLabels | None = None,
+    condition_columns: Mapping[str, str] | None = None,
 ) -> CountsReader:
     """Open a source for reading raw counts in vocabulary order; refuse what cannot be read so.
 
@@ -219,11 +257,19 @@ def open_counts(
         Column of ``.obs`` with each cell's total UMIs, for files that hold a gene panel only.
     min_coverage
         Smallest share of the file's UMIs, over a sample of cells, that must land in the vocabulary.
+    conditions
+        Fields and labels that cells are coded by; ``None``: none.
+    condition_columns
+        Column of ``.obs`` of a field; a field that is not named is looked for under its own name, and is unknown for
+        all cells where there is no such column.
 
     Raises
     ------
     SourceError, KeyNotFoundError, ScaleError
-        See :func:`~scdiva.data.source.open_source` and :func:`find_counts`.
+        See :func:`~scdiva.data.source.open_source`, :func:`find_counts` and
+        :func:`~scdiva.data.conditions.condition_columns`.
+    ConfigError
+        A column is named for something that is no condition field.
     GeneError
         Mouse or unknown genes, or too small a share of UMIs covered.
     """
@@ -242,7 +288,16 @@ def open_counts(
     sample = found.scale.to_counts(sample_rows(found.matrix), found.matrix.name)
     totals = np.asarray(sample.sum(axis=0), dtype=np.float64).ravel() * is_gene
     refuse_low_coverage(alignment, totals, min_coverage, source.name)
-    return CountsReader(source, found, alignment, is_gene, library_size_key, alignment.umi_share(totals))
+    return CountsReader(
+        source,
+        found,
+        alignment,
+        is_gene,
+        library_size_key,
+        alignment.umi_share(totals),
+        conditions=conditions or ConditionLabels.none(),
+        condition_columns=dict(condition_columns or {}),
+    )
 
 
 def measured_share(reader: CountsReader, model: KnownGenes) -> float:
@@ -319,7 +374,7 @@ class CellCorpus:
     Parameters
     ----------
     readers
-        All aligned to the same vocabulary.
+        All aligned to the same vocabulary, and with the same condition labels.
     rows
         For each reader, the cells that belong to the corpus (sorted), or ``None`` for all.
     """
@@ -328,7 +383,7 @@ class CellCorpus:
     rows: tuple[NDArray[np.int64] | None, ...]
 
     def __post_init__(self) -> None:
-        """Check that all readers speak of the same genes."""
+        """Check that all readers speak of the same genes and conditions."""
         if not self.readers:
             raise SourceError("a corpus of no files", expected="at least one source", fix="name files or a folder")
         prints = {reader.alignment.vocabulary.fingerprint for reader in self.readers}
@@ -338,11 +393,45 @@ class CellCorpus:
                 expected="one vocabulary",
                 fix="open them all with the same GeneVocabulary",
             )
+        if any(reader.conditions != self.readers[0].conditions for reader in self.readers):
+            raise SourceError(
+                "the files code their cells by different condition labels",
+                expected="the same fields and labels in the same order",
+                fix="give the readers one ConditionLabels (with_conditions)",
+            )
 
     @property
     def vocabulary(self) -> GeneVocabulary:
         """The common vocabulary."""
         return self.readers[0].alignment.vocabulary
+
+    @property
+    def conditions(self) -> ConditionLabels:
+        """The common condition fields and labels."""
+        return self.readers[0].conditions
+
+    def with_conditions(
+        self, conditions: ConditionLabels, columns_per_reader: Sequence[Mapping[str, str]] | None = None
+    ) -> CellCorpus:
+        """Return the same cells, coded by other conditions.
+
+        Parameters
+        ----------
+        conditions
+            Fields and labels.
+        columns_per_reader
+            For each source, the ``.obs`` column of a field; None: every field is looked for under its own name.
+
+        Raises
+        ------
+        ConfigError, KeyNotFoundError
+            See :meth:`CountsReader.with_conditions`.
+        """
+        columns = [{}] * len(self.readers) if columns_per_reader is None else columns_per_reader
+        readers = tuple(
+            reader.with_conditions(conditions, named) for reader, named in zip(self.readers, columns, strict=True)
+        )
+        return replace(self, readers=readers)
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -380,6 +469,7 @@ class CellCorpus:
             cell_index=positions,
             source_of_cell=source.astype(np.int32),
             is_measured=np.stack([reader.alignment.is_measured for reader in self.readers]),
+            condition=np.concatenate([part.condition for part in parts])[inverse],
         )
 
     def groups(self, keys: Sequence[str | None]) -> NDArray[np.str_]:
