@@ -84,14 +84,15 @@ def install(kill: str) -> None:
         record.ProgressReport.start = start
 
 
-def run(out: Path, workers: int, kill: str) -> bool:
+def run(out: Path, workers: int, accumulate: int, kill: str) -> bool:
     """Run in a child; return whether it came to its end."""
     child = os.fork()
     if child == 0:
         try:
             install(kill)
             split = Split()
-            config = toy_config(workers=workers, max_steps=60, checkpoint_every=7, validate_every=9, log_every=2)
+            every = {"checkpoint_every": 7, "validate_every": 9, "log_every": 2}
+            config = toy_config(workers=workers, accumulate=accumulate, max_steps=60, **every)
             fit(
                 ToyObjective(),
                 split.collection,
@@ -114,16 +115,16 @@ def run(out: Path, workers: int, kill: str) -> bool:
 
 
 def main() -> None:
-    out, workers = Path(sys.argv[1]), int(sys.argv[2])
+    out, workers, accumulate = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
     assert checkpoints.torch is torch
-    assert run(out / "whole", workers, "")
+    assert run(out / "whole", workers, accumulate, "")
     delays = random.Random(workers)
     kills = ["step:5", "row:10", "write:1", "step:12", "write:2", "rename:28", "step:1", "row:30", "write:3"]
     kills += [f"after:{delays.randrange(1, 200)}" for _ in range(3)]
     for kill in kills:
-        assert not run(out / "killed", workers, kill) or kill.startswith("after"), f"{kill} did not kill"
-    assert run(out / "killed", workers, "")
+        assert not run(out / "killed", workers, accumulate, kill) or kill.startswith("after"), f"{kill} did not kill"
+    assert run(out / "killed", workers, accumulate, "")
 
 
 if __name__ == "__main__":

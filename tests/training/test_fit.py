@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import signal
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -13,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compare import assert_same_run
 from lightning.pytorch import Callback
 from safetensors.torch import load_file
-from toy import MemoryCells, Split, ToyObjective, toy_config
+from toy import N_GENES, MemoryCells, Split, ToyObjective, TrunkObjective, toy_config
 
 from scdiva.errors import NonFiniteLossError, OutputError, TrainingError
+from scdiva.nn import Packing
 from scdiva.training import draw_curve, fit, uses_bf16
 from scdiva.training.checkpoints import CheckpointFolder
 from scdiva.training.fit import FitResult
@@ -151,12 +152,115 @@ def test_rows_of_the_log_are_means_over_their_steps(tmp_path):
         assert loss == pytest.approx(np.mean([single[s] for s in range(step - 4, step + 1)]), rel=1e-12)
 
 
+def test_accumulated_minibatches_are_one_large_one(tmp_path):
+    # One epoch is one step, so both take the same cells; dropout, noise and order have no part in this objective.
+    split = Split(train=np.arange(16))
+    settings = {"optim": {"warmup_steps": 0}, "max_steps": 4, "validate_every": 1}
+    large, one = run(tmp_path / "a", toy_config(batch_size=16, **settings), TrunkObjective(), split)
+    small, other = run(tmp_path / "b", toy_config(batch_size=8, accumulate=2, **settings), TrunkObjective(), split)
+    for row, twin in zip(read_log(large.history), read_log(small.history), strict=True):
+        # AdamW forgets the scale of a gradient; its norm does not.
+        for key in ("step", "loss", "grad_norm", "lr", "n_cells_seen"):
+            assert (float(row[key]) if row[key] else None) == pytest.approx(float(twin[key]) if twin[key] else None)
+    assert (small.last_step, small.n_cells) == (large.last_step, large.n_cells) == (4, 64)
+    start = dict(TrunkObjective().named_parameters())
+    for key, value in one.named_parameters():
+        torch.testing.assert_close(value, dict(other.named_parameters())[key], rtol=1e-5, atol=1e-6)
+    assert not torch.equal(one.head, start["head"])
+
+
+def test_rows_of_the_log_are_means_over_all_accumulated_minibatches(tmp_path):
+    class Losses(Callback):
+        def __init__(self):
+            self.values, self.steps = [], []
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.values.append(float(pl_module.parts[-1].output.loss))
+            self.steps.append(trainer.global_step)
+
+    recorder = Losses()
+    result, _ = run(tmp_path, toy_config(accumulate=3, log_every=2, max_steps=10), callbacks=[recorder])
+    assert recorder.steps == [(i + 1) // 3 for i in range(30)]
+    for step, loss in losses(result).items():
+        assert loss == pytest.approx(np.mean(recorder.values[3 * step - 6 : 3 * step]), rel=1e-12)
+    assert result.n_cells == 10 * 3 * 16
+
+
+def test_an_interrupted_accumulation_starts_again_at_its_step(tmp_path):
+    class Interrupts(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch.number == 20:  # the second of three minibatches of step 7
+                raise KeyboardInterrupt
+
+    config = toy_config(accumulate=3, max_steps=12, checkpoint_every=4, log_every=3)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a", config, callbacks=[Interrupts()])
+    resumed, _ = run(tmp_path / "a", config, callbacks=[recorder := Recorder()])
+    assert min(recorder.cells) == 4
+    assert_same_run(resumed.history.parent, run(tmp_path / "b", config)[0].history.parent)
+
+
+def test_the_failed_one_of_accumulated_minibatches_is_named(tmp_path):
+    config = toy_config(accumulate=3)
+    with pytest.raises(NonFiniteLossError, match="at step 5") as caught:
+        run(tmp_path / "a", config, Explodes(14))
+    numbered = {}
+
+    class Numbers(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            numbered[batch.number] = batch.cell_index
+
+    run(tmp_path / "b", config, callbacks=[Numbers()])
+    assert ", ".join(f"toy.h5ad cell {i}" for i in numbered[13][:5]) + " and 11 more" in caught.value.found
+
+
+def test_held_out_cells_have_their_own_preparation(tmp_path):
+    class Exam(ToyObjective):
+        def prepare_heldout(self, cells, rng):
+            inputs = self.prepare(cells, rng)
+            return type(inputs)(inputs.x_BG, torch.full_like(inputs.noise_B, 1e3))
+
+    result, _ = run(tmp_path, objective=Exam())
+    assert min(losses(result, "heldout").values()) > 1e5 > max(losses(result).values())
+
+
+def test_throughput_is_logged_where_the_objective_reports_it(tmp_path, monkeypatch, caplog):
+    measured = []
+
+    def peak(device, dtype):
+        measured.append((device.type, dtype))
+        return 2e6
+
+    monkeypatch.setattr(sys.modules[fit.__module__], "measured_peak", peak)
+    caplog.set_level(logging.INFO)
+    for max_steps in (6, 9):
+        config = toy_config(accumulate=2, log_every=3, max_steps=max_steps)
+        result, _ = run(tmp_path / "a", config, TrunkObjective())
+        assert len(measured) == max_steps // 3 - 1  # once per call
+    assert measured[0] == ("cpu", torch.float32)
+    rows = [row for row in read_log(result.history) if row["split"] == "train"]
+    assert len(rows) == 3
+    n_tokens = N_GENES - 1
+    flops_per_token = TrunkObjective().trunk.flops(Packing((n_tokens,))) / n_tokens
+    for row in rows:
+        tokens_per_s = float(row["tokens_per_s"])
+        assert tokens_per_s == pytest.approx(n_tokens * float(row["cells_per_s"]), rel=1e-9)
+        assert float(row["share_of_peak"]) == pytest.approx(3 * tokens_per_s * flops_per_token / 2e6, rel=1e-9)
+    assert "tokens per s" in caplog.text
+    assert "share of peak" in caplog.text
+    silent, _ = run(tmp_path / "b")
+    assert not {"tokens_per_s", "share_of_peak"} & read_log(silent.history)[-1].keys()
+    assert len(measured) == 2
+
+
 def test_another_configuration_is_refused(tmp_path):
     run(tmp_path)
     for config, keys in [
         (toy_config(optim={"lr": 0.02, "clip_norm": 2.0}), r"optim\.clip_norm, optim\.lr"),
         (toy_config(seed=9), "seed"),
         (toy_config(batch_size=8), r"training\.batch_size"),
+        (toy_config(accumulate=2), r"training\.accumulate"),
+        (toy_config(strategy="fsdp"), r"training\.strategy"),
     ]:
         with pytest.raises(TrainingError, match=keys):
             run(tmp_path, config)
@@ -355,6 +459,14 @@ def test_cuda_is_refused_where_there_is_none(tmp_path, monkeypatch):
         run(tmp_path, toy_config(device="cuda"))
 
 
+@pytest.mark.parametrize("n_devices", [1, 3])
+def test_torchrun_with_another_number_of_processes_is_refused(tmp_path, monkeypatch, n_devices):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match=f"2 processes per machine, and training.n_devices = {n_devices}"):
+        run(tmp_path / "run", toy_config(n_devices=n_devices))
+    assert not (tmp_path / "run").exists()
+
+
 def test_old_checkpoints_are_deleted(tmp_path):
     run(tmp_path, toy_config(checkpoint_every=3, keep_checkpoints=3))
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -416,30 +528,3 @@ def test_progress_draws_a_bar_on_a_terminal(monkeypatch):
     assert report._bar.tasks[0].completed == 5
     assert report._bar.tasks[0].description == "loss 0.5"
     report.stop()
-
-
-@pytest.mark.slow
-def test_two_processes_train_one_model(tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    script = Path(__file__).parent / "two_processes.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    for max_steps in ("10", "20"):
-        done = subprocess.run(
-            [*command, str(tmp_path), max_steps], env=environment, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    weights = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    rows = read_log(tmp_path / "run" / "log.csv")
-    assert [int(row["step"]) for row in rows if row["split"] == "train"] == list(range(1, 21))
-    assert int(rows[-2]["n_cells_seen"]) == 20 * 32
-
-    # The first step, by hand: the gradient is the mean over both processes' minibatches.
-    cells = [json.loads((tmp_path / f"cells-{rank}.json").read_text()) for rank in (0, 1)]
-    assert not set(cells[0][0]) & set(cells[1][0])
-    assert float(rows[1]["loss"]) == pytest.approx(
-        np.mean([json.loads((tmp_path / f"losses-{r}.json").read_text())[0] for r in (0, 1)])
-    )
-    # Held-out cells are shared out, each counted once: as in one process, whose initial weights are the same.
-    single, _ = run(tmp_path / "single")
-    assert float(rows[0]["loss"]) == pytest.approx(losses(single, "heldout")[0], rel=1e-6)

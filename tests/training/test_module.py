@@ -75,7 +75,6 @@ def test_learning_rate():
 
 def test_gradients_are_clipped_and_their_norm_is_kept():
     module = TrainingModule(ToyObjective(), OptimConfig(clip_norm=0.5), max_steps=10, seed=0)
-    module._minibatch = module.output = None
     for parameter in module.objective.parameters():
         parameter.grad = torch.ones_like(parameter)
     n = sum(parameter.numel() for parameter in module.objective.parameters())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from scdiva.config import DataConfig, LoopConfig, OptimConfig, TrainingConfig
+from scdiva.nn import Packing, Transformer, init_transformer
 from scdiva.types import CellCounts, LossOutput
 
 N_GENES = 12
@@ -69,6 +70,8 @@ class ToyObjective(nn.Module):
         x_BG = np.log1p(cells.counts.toarray()).astype(np.float32)
         return ToyInputs(torch.from_numpy(x_BG), torch.from_numpy(rng.normal(0, 0.1, len(x_BG)).astype(np.float32)))
 
+    prepare_heldout = prepare
+
     def forward(self, inputs: ToyInputs, generator: torch.Generator) -> LossOutput:
         if self.training:
             self.n_seen += len(inputs.x_BG)
@@ -78,6 +81,47 @@ class ToyObjective(nn.Module):
         loss = error_B.square().mean()
         terms = {"mse": loss.detach(), "variance_floor": inputs.x_BG[:, -1].var(correction=0)}
         return LossOutput(loss, terms, len(x_BG))
+
+
+class TrunkObjective(nn.Module):
+    """Predict the last gene with a transformer over the others; a plain mean over cells, without randomness.
+
+    Holds what is awkward for several processes: a scalar, a frozen parameter, and a parameter that most minibatches
+    leave unused.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(11)
+        self.trunk = Transformer(n_layers=2, width=16, n_heads=2, n_hidden=24)
+        init_transformer(self.trunk, generator, std=0.2)
+        self.gene_embedding = nn.Parameter(torch.randn(N_GENES - 1, 16, generator=generator))
+        self.value = nn.Parameter(torch.randn(16, generator=generator))
+        self.head = nn.Parameter(0.1 * torch.randn(16, 1, generator=generator))
+        self.scale = nn.Parameter(torch.ones(()))
+        self.rare = nn.Parameter(torch.zeros(3))
+        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+        self.register_buffer("n_seen", torch.zeros((), dtype=torch.long))
+
+    def prepare(self, cells: CellCounts, rng: np.random.Generator) -> ToyInputs:
+        x_BG = np.log1p(cells.counts.toarray()).astype(np.float32)
+        return ToyInputs(torch.from_numpy(x_BG), torch.zeros(len(x_BG)))
+
+    prepare_heldout = prepare
+
+    def forward(self, inputs: ToyInputs, generator: torch.Generator) -> LossOutput:
+        if self.training:
+            self.n_seen += len(inputs.x_BG)
+        x_BG, target_B = inputs.x_BG[:, :-1], inputs.x_BG[:, -1]
+        token_BGD = self.gene_embedding + x_BG[:, :, None] * self.value
+        packing = Packing((N_GENES - 1,) * len(x_BG))
+        state_BGD = self.trunk(token_BGD.flatten(0, 1), packing).view_as(token_BGD)
+        predicted_B = self.scale * (state_BGD.mean(1) @ self.head)[:, 0] + self.frozen.sum()
+        is_rare_B = (x_BG[:, 0] > 2.2).float()  # nine counts
+        if is_rare_B.any():
+            predicted_B = predicted_B + is_rare_B * self.rare.sum()
+        loss = (predicted_B - target_B).square().mean()
+        return LossOutput(loss, {"mse": loss.detach()}, len(x_BG), packing.n_tokens, self.trunk.flops(packing))
 
 
 def toy_config(seed: int = 3, workers: int = 0, optim: dict | None = None, **training: object) -> LoopConfig:

@@ -12,6 +12,7 @@ A run is a folder::
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -29,7 +30,7 @@ from typing import Any, Literal, cast
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from numpy.typing import NDArray
@@ -42,8 +43,10 @@ from scdiva.data.loader import Minibatch, MinibatchLoader, fixed_minibatches
 from scdiva.errors import NonFiniteLossError, OutputError, TrainingError
 from scdiva.training.checkpoints import CheckpointFolder
 from scdiva.training.curve import draw_curve
-from scdiva.training.module import TrainingModule, learning_rate_factor
+from scdiva.training.module import StepPart, TrainingModule, learning_rate_factor
+from scdiva.training.peak import measured_peak
 from scdiva.training.record import ProgressReport, RunLog, WeightedMeans, read_log
+from scdiva.training.sharding import check_shardable, whole_state
 from scdiva.types import CellCollection, LossOutput, Objective
 
 log = logging.getLogger(__name__)
@@ -55,6 +58,8 @@ _FREE_KEYS = frozenset({"name", "description", "licence", "data.root"}) | frozen
     f"training.{name}" for name in ("max_steps", "max_minutes", "log_every", "checkpoint_every", "keep_checkpoints")
 )
 _N_NAMED_CELLS = 5
+# A backward pass computes two products for each one of the forward pass: for the inputs and for the weights.
+_PASSES_PER_STEP = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +120,8 @@ def fit(
     Parameters
     ----------
     objective
-        The loss with its model (an ``nn.Module``). Holds the best weights afterwards, on the CPU, in eval mode.
+        The loss with its model (an ``nn.Module``). Holds the best weights afterwards, on the CPU, in eval mode. With
+        ``training.strategy = "fsdp"`` a sharded copy of it is trained.
     collection
         Where cells are read.
     train_indices, heldout_indices
@@ -131,7 +137,8 @@ def fit(
     monitor
         Which held-out value is minimised: ``"loss"`` or a term of the loss.
     callbacks
-        Further Lightning callbacks.
+        Further Lightning callbacks. ``on_train_batch_end`` comes after each minibatch, which with
+        ``training.accumulate`` is a part of an optimiser step.
     progress
         Show a bar on a terminal, or log a line every minute elsewhere.
 
@@ -152,8 +159,11 @@ def fit(
     train, heldout = (np.asarray(indices, dtype=np.int64) for indices in (train_indices, heldout_indices))
     _check_arguments(train, heldout, config)
     device = _resolve_device(training)
-    n_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))  # set by torchrun
+    n_nodes = _machines(training)
     world_size = n_nodes * training.n_devices
+    is_sharded = training.strategy == "fsdp" and world_size > 1
+    if is_sharded:
+        check_shardable(cast(nn.Module, objective))
     cells = _fingerprint(collection, train, heldout)
     _claim_folder(out, config, {"cells": cells, "n_processes": world_size, **(identity or {})})
 
@@ -162,6 +172,7 @@ def fit(
         checkpoints = CheckpointFolder(out / "checkpoints", training.keep_checkpoints)
         newest = checkpoints.newest_good()
         loop = _Loop(
+            objective,
             collection,
             heldout,
             config,
@@ -173,7 +184,13 @@ def fit(
             n_processes=world_size,
         )
         module = TrainingModule(
-            objective, config.optim, max_steps=training.max_steps, seed=config.seed, check=loop.check_finite
+            # Sharding is for good: what the caller holds must stay an ordinary module.
+            copy.deepcopy(objective) if is_sharded else objective,
+            config.optim,
+            max_steps=training.max_steps,
+            seed=config.seed,
+            accumulate=training.accumulate,
+            check=loop.check_finite,
         )
         with _tamed_lightning():
             trainer = pl.Trainer(
@@ -182,8 +199,8 @@ def fit(
                 accelerator=device,
                 devices=training.n_devices,
                 num_nodes=n_nodes,
-                # A step may leave parts of a model unused, other parts in each process.
-                strategy=DDPStrategy(find_unused_parameters=True) if world_size > 1 else "auto",
+                strategy=_strategy(world_size, is_sharded=is_sharded),
+                accumulate_grad_batches=training.accumulate,
                 precision="bf16-mixed" if uses_bf16(training.precision, device) else "32-true",
                 callbacks=[loop, *callbacks],
                 plugins=[checkpoints.io],
@@ -230,15 +247,16 @@ class _TrainingData(pl.LightningDataModule):
             num_workers=data.num_workers,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
-            start=trainer.global_step,
+            start=trainer.global_step * self._config.training.accumulate,
         )
 
 
 class _Loop(pl.Callback):
-    """What happens between steps, in this order: log, evaluate, checkpoint, stop."""
+    """What happens between optimiser steps, in this order: log, evaluate, checkpoint, stop."""
 
     def __init__(
         self,
+        objective: Objective,
         collection: CellCollection,
         heldout: NDArray[np.int64],
         config: LoopConfig,
@@ -250,11 +268,14 @@ class _Loop(pl.Callback):
         n_train: int,
         n_processes: int,
     ) -> None:
+        self.objective = objective
         self.collection, self.heldout, self.config, self.out = collection, heldout, config, out
         self.monitor, self.checkpoints, self.progress = monitor, checkpoints, progress
-        self.n_processes = n_processes
-        self.cells_per_step = n_processes * min(config.training.batch_size, n_train // n_processes)
+        self.minibatches_per_step = n_processes * config.training.accumulate
+        self.cells_per_step = self.minibatches_per_step * min(config.training.batch_size, n_train // n_processes)
         self.means = WeightedMeans()
+        self.n_tokens = self.n_flops = 0  # of this process since the last row of the log
+        self.peak: float | None = None  # FLOP/s of all processes, measured when it is first needed
         self.best_value: float | None = None
         self.n_without_gain = 0  # evaluations since the best one
         self.minutes_before = 0.0  # of earlier calls
@@ -293,7 +314,7 @@ class _Loop(pl.Callback):
         self.evaluation = fixed_minibatches(
             self.collection,
             self.heldout,
-            cast(Objective, cast(TrainingModule, pl_module).objective).prepare,
+            self.objective.prepare_heldout,
             batch_size=training.batch_size,
             seed=self.config.seed,
             max_cells=training.n_validation_cells,
@@ -311,11 +332,15 @@ class _Loop(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Minibatch, batch_idx: int
     ) -> None:
+        module = cast(TrainingModule, pl_module)
+        if not module.is_step_done:
+            return
         self.train_seconds += time.monotonic() - self.mark
         step, training = trainer.global_step, self.config.training
-        module = cast(TrainingModule, pl_module)
-        output = module.output
-        self.means.add({"loss": output.loss, **output.terms, "grad_norm": module.grad_norm}, output.n_cells)
+        for output in (part.output for part in module.parts):
+            self.means.add({"loss": output.loss, **output.terms, "grad_norm": module.grad_norm}, output.n_cells)
+            self.n_tokens += output.n_tokens
+            self.n_flops += output.n_flops
         if step % training.log_every == 0:
             self._log_training(trainer)
         self.progress.update(step)
@@ -337,13 +362,16 @@ class _Loop(pl.Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._close()
 
-    def check_finite(self, output: LossOutput, grad_norm: Tensor, batch: Minibatch) -> None:
+    def check_finite(self, parts: Sequence[StepPart], grad_norm: Tensor) -> None:
         """Stop before a loss or gradient that is not finite reaches the weights."""
-        loss = output.loss.detach()
-        if not torch.isfinite(loss + grad_norm):
-            step = batch.number // self.n_processes + 1
-            what = f"the loss is {float(loss):g} and the norm of its gradient {float(grad_norm):g} at step {step}"
-            raise self._not_finite(what, batch)
+        losses = torch.stack([part.output.loss for part in parts])
+        if not torch.isfinite(losses.sum() + grad_norm):
+            # Where all losses are finite the gradient is not, and any of the minibatches may be the cause.
+            culprits = [part for part in parts if not torch.isfinite(part.output.loss)][:1] or list(parts)
+            loss = float(torch.stack([part.output.loss for part in culprits]).mean())
+            step = parts[0].number // self.minibatches_per_step + 1
+            what = f"the loss is {loss:g} and the norm of its gradient {float(grad_norm):g} at step {step}"
+            raise self._not_finite(what, np.concatenate([part.cell_index for part in culprits]))
 
     def finish(self, trainer: pl.Trainer) -> FitResult:
         """Write ``result.json`` and the curve."""
@@ -372,19 +400,34 @@ class _Loop(pl.Callback):
         step = trainer.global_step
         values = self.means.over_processes()
         self.means.clear()
-        n_steps, seconds = step - self.rate_from[0], self.train_seconds - self.rate_from[1]
+        n_steps, seconds = step - self.rate_from[0], max(self.train_seconds - self.rate_from[1], 1e-9)
         self.rate_from = (step, self.train_seconds)
-        rate = n_steps * self.cells_per_step / max(seconds, 1e-9)
+        rates = {"cells_per_s": n_steps * self.cells_per_step / seconds, **self._trunk_rates(trainer, seconds)}
         # The rate that this step used: Lightning has already moved the schedule on.
         factor = learning_rate_factor(step - 1, config=self.config.optim, max_steps=self.config.training.max_steps)
         values |= {
             "lr": self.config.optim.lr * factor,
-            "cells_per_s": rate,
+            **rates,
             "n_cells_seen": step * self.cells_per_step,
         }
         if self.run_log is not None:
             self.run_log.write(step, "train", values)
-        self.progress.update(step, loss=values["loss"], cells_per_s=rate)
+        self.progress.update(step, loss=values["loss"], **rates)
+
+    def _trunk_rates(self, trainer: pl.Trainer, seconds: float) -> dict[str, float]:
+        """Return what the trunk did in a time, where the objective reports it, and start to count again."""
+        device = trainer.strategy.root_device
+        n_tokens, n_flops = _sum_over_processes(trainer, [self.n_tokens, self.n_flops], device)
+        self.n_tokens = self.n_flops = 0
+        rates = {"tokens_per_s": n_tokens / seconds} if n_tokens else {}
+        if n_flops:
+            if self.peak is None:
+                dtype = torch.bfloat16 if uses_bf16(self.config.training.precision, device.type) else torch.float32
+                # All at once: processes that share the cores of a machine share its peak.
+                trainer.strategy.barrier("scdiva.peak")
+                (self.peak,) = _sum_over_processes(trainer, [measured_peak(device, dtype)], device)
+            rates["share_of_peak"] = _PASSES_PER_STEP * n_flops / seconds / self.peak
+        return rates
 
     def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Average the held-out loss over all processes; keep the weights if they are the best so far."""
@@ -404,7 +447,8 @@ class _Loop(pl.Callback):
                 bad = batch
         values = means.over_processes()
         if not math.isfinite(values["loss"]):
-            raise self._not_finite(f"the held-out loss is {values['loss']:g} after step {step}", bad)
+            what = f"the held-out loss is {values['loss']:g} after step {step}"
+            raise self._not_finite(what, None if bad is None else bad.cell_index)
         if self.monitor not in values:
             raise TrainingError(
                 f"the objective has no value {self.monitor!r} to monitor",
@@ -421,11 +465,18 @@ class _Loop(pl.Callback):
             self.n_without_gain += 1
 
     def _keep_weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule, value: float | None) -> None:
+        module = cast(TrainingModule, pl_module)
+        model = module.evaluated
+        if module.is_sharded:
+            state = whole_state(model)
+            if trainer.is_global_zero:
+                model = cast(nn.Module, self.objective)
+                model.load_state_dict(state)
         if trainer.is_global_zero:
             # One entry: safetensors writes several in random order, and equal runs should give equal files.
             metadata = {"scdiva": json.dumps({"step": trainer.global_step, "value": value})}
             with atomic_path(self.out / "best.safetensors") as temporary:
-                save_model(cast(TrainingModule, pl_module).evaluated, str(temporary), metadata)
+                save_model(model, str(temporary), metadata)
 
     def _stop_if_due(self, trainer: pl.Trainer) -> None:
         step, training = trainer.global_step, self.config.training
@@ -442,11 +493,11 @@ class _Loop(pl.Callback):
             self.stopped_because = "max_minutes"
         trainer.should_stop = trainer.should_stop or self.stopped_because is not None
 
-    def _not_finite(self, what: str, batch: Minibatch | None) -> NonFiniteLossError:
+    def _not_finite(self, what: str, cell_index: NDArray[np.int64] | None) -> NonFiniteLossError:
         cells = "cells of another process"
-        if batch is not None:
-            named = self.collection.describe([int(i) for i in batch.cell_index[:_N_NAMED_CELLS]])
-            n_more = batch.n_cells - _N_NAMED_CELLS
+        if cell_index is not None:
+            named = self.collection.describe([int(i) for i in cell_index[:_N_NAMED_CELLS]])
+            n_more = len(cell_index) - _N_NAMED_CELLS
             cells = f"cells: {named}" + (f" and {n_more} more" if n_more > 0 else "")
         good = self.checkpoints.newest_good()
         return NonFiniteLossError(
@@ -490,6 +541,37 @@ def _resolve_device(training: TrainingConfig) -> str:
             fix='lower training.n_devices, or set training.device = "cpu"',
         )
     return device
+
+
+def _machines(training: TrainingConfig) -> int:
+    """Return how many machines torchrun runs on; 1 without it."""
+    n_started = int(os.environ.get("LOCAL_WORLD_SIZE", training.n_devices))
+    if n_started != training.n_devices:
+        # With fewer devices than processes, each process would train a model of its own into the same folder.
+        raise TrainingError(
+            f"torchrun started {n_started} processes per machine, and training.n_devices = {training.n_devices}",
+            expected="the same number",
+            fix=f"set training.n_devices = {n_started}, or torchrun --nproc_per_node={training.n_devices}",
+        )
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+
+def _strategy(world_size: int, *, is_sharded: bool) -> Strategy | str:
+    if world_size == 1:
+        return "auto"
+    if is_sharded:
+        # A checkpoint is one file with the whole state, collected and written by the first process as in any other run.
+        return ModelParallelStrategy(
+            data_parallel_size=world_size, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    # A step may leave parts of a model unused, other parts in each process.
+    return DDPStrategy(find_unused_parameters=True)
+
+
+def _sum_over_processes(trainer: pl.Trainer, values: Sequence[float], device: torch.device) -> list[float]:
+    """Sum numbers over processes; a collective call."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    return cast(list[float], trainer.strategy.reduce(tensor, reduce_op="sum").tolist())
 
 
 def _check_arguments(train: NDArray[np.int64], heldout: NDArray[np.int64], config: LoopConfig) -> None:

@@ -4,24 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from scdiva.config import OptimConfig
 from scdiva.data.loader import Minibatch
+from scdiva.training.sharding import clip_gradient, release, shard
 from scdiva.types import LossOutput, Objective
 
 # Tags of the random streams of the loop; training and evaluation must not share numbers.
 TRAIN_STREAM, EVALUATION_STREAM = 16, 17
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPart:
+    """What is known of one of the minibatches that an optimiser step is made of.
+
+    Parameters
+    ----------
+    output
+        What the objective returned, detached.
+    cell_index, number
+        As in :class:`~scdiva.data.loader.Minibatch`.
+    """
+
+    output: LossOutput
+    cell_index: NDArray[np.int64]
+    number: int
 
 
 class TrainingModule(pl.LightningModule):
@@ -36,23 +56,23 @@ class TrainingModule(pl.LightningModule):
     max_steps
         Where the cosine ends.
     seed
-        Seed of the objective's randomness. Each step has its own generator, made from (seed, number of the
+        Seed of the objective's randomness. Each minibatch has its own generator, made from (seed, number of the
         minibatch): a run that resumes needs no stored generator state.
+    accumulate
+        Minibatches per optimiser step; the trainer must agree.
     check
-        Called with (loss output, norm of the gradient before clipping, minibatch) before the weights are touched; may
-        raise to stop the run.
+        Called with (parts of the step, norm of the gradient before clipping) before the weights are touched; may raise
+        to stop the run.
 
     Attributes
     ----------
-    output
-        ``LossOutput`` of the last training step.
+    parts
+        The minibatches of this optimiser step so far, or all of the last step.
     grad_norm
         Norm of the last gradient before clipping, scalar tensor.
     """
 
-    output: LossOutput
     grad_norm: Tensor
-    _minibatch: Minibatch
 
     def __init__(
         self,
@@ -61,16 +81,35 @@ class TrainingModule(pl.LightningModule):
         *,
         max_steps: int,
         seed: int,
-        check: Callable[[LossOutput, Tensor, Minibatch], None] | None = None,
+        accumulate: int = 1,
+        check: Callable[[Sequence[StepPart], Tensor], None] | None = None,
     ) -> None:
         super().__init__()
         self.objective = cast(nn.Module, objective)
         self.optim_config = config
         self.max_steps = max_steps
         self.seed = seed
+        self.accumulate = accumulate
         self.check = check
+        self.parts: list[StepPart] = []
         # A submodule, so that checkpoints hold the average and devices move it.
         self.ema = averaged(self.objective, config.ema_decay) if config.ema_decay > 0 else None
+
+    def configure_model(self) -> None:
+        """Shard the objective and its average alike, where Lightning's strategy has made a mesh of processes."""
+        if self.device_mesh is not None:
+            for model in (self.objective,) if self.ema is None else (self.objective, self.ema.module):
+                shard(model, self.device_mesh["data_parallel"])
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a share of the parameters only."""
+        return self.device_mesh is not None
+
+    @property
+    def is_step_done(self) -> bool:
+        """Whether the last minibatch was the last one of an optimiser step."""
+        return len(self.parts) == self.accumulate
 
     @property
     def evaluated(self) -> nn.Module:
@@ -83,9 +122,12 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: Minibatch, batch_idx: int) -> Tensor:
         """Return the loss of one minibatch, mean over its cells."""
-        self._minibatch = batch
-        self.output = self._call(self.objective, batch, TRAIN_STREAM)
-        return self.output.loss
+        output = self._call(self.objective, batch, TRAIN_STREAM)
+        if self.is_step_done:
+            self.parts = []
+        detached = replace(output, loss=output.loss.detach())
+        self.parts.append(StepPart(detached, batch.cell_index, batch.number))
+        return output.loss
 
     @torch.no_grad()
     def validation_step(self, batch: Minibatch) -> LossOutput:
@@ -96,6 +138,7 @@ class TrainingModule(pl.LightningModule):
         try:
             return self._call(model, batch, EVALUATION_STREAM)
         finally:
+            release(model)
             model.train(was_training)
 
     def _call(self, objective: nn.Module, batch: Minibatch, stream: int) -> LossOutput:
@@ -123,10 +166,11 @@ class TrainingModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
-        """Clip to the configured norm and keep the norm for the log."""
-        self.grad_norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.optim_config.clip_norm or math.inf)
+        """Clip the accumulated gradient to the configured norm and keep the norm for the log."""
+        clip = clip_gradient if self.is_sharded else nn.utils.clip_grad_norm_
+        self.grad_norm = clip(self.objective.parameters(), self.optim_config.clip_norm or math.inf)
         if self.check is not None:
-            self.check(self.output, self.grad_norm, self._minibatch)
+            self.check(self.parts, self.grad_norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take a step, then average; here rather than in a hook, so that every callback sees the new average."""
