@@ -111,24 +111,12 @@ def serialize(
     -------
     CellTokens
     """
-    order = TokenOrder(order)
-    if cells.n_genes != statistics.n_genes:
-        raise ValueError(f"cells have {cells.n_genes} genes, the statistics {statistics.n_genes}")
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, found {max_tokens}")
     counts = cells.counts
     n_stored = np.diff(counts.indptr).astype(np.int64)
     value = log1p_cp10k(cells)
-    if order is TokenOrder.RANDOM:
-        if rng is None:
-            raise ValueError("order='random' needs rng")
-        score = rng.random(value.size, dtype=np.float32)
-    elif order is TokenOrder.EXPRESSION:
-        score = value
-    else:
-        weight = (1.0 / (statistics.normalised_entropy + ENTROPY_EPSILON)).astype(np.float32)
-        score = value * weight[counts.indices]
-    ranked = _rank_within_rows(score, n_stored)
+    ranked = _rank_within_rows(_scores(cells, value, statistics, TokenOrder(order), rng), n_stored)
 
     n_kept = np.minimum(n_stored, max_tokens)
     length = int(n_kept.max(initial=0))
@@ -142,6 +130,45 @@ def serialize(
     padded_value[~is_pad] = value[kept]
     padded_count[~is_pad] = counts.data[kept]
     return CellTokens(gene_id, padded_value, padded_count, is_pad, n_stored)
+
+
+def token_ranks(
+    cells: CellCounts,
+    statistics: GeneStatistics,
+    *,
+    order: TokenOrder | str = TokenOrder.ENTROPY,
+    rng: np.random.Generator | None = None,
+    value: NDArray[np.float32] | None = None,
+) -> NDArray[np.int64]:
+    """Return the rank of every stored count among those of its cell, ``(nnz,)``; 0 is the best.
+
+    Parameters are those of :func:`serialize`; ``value``, ``(nnz,)`` float32, is ranked by in place of log1p(CP10K).
+    """
+    n_stored = np.diff(cells.counts.indptr).astype(np.int64)
+    value = log1p_cp10k(cells) if value is None else value
+    ranked = _rank_within_rows(_scores(cells, value, statistics, TokenOrder(order), rng), n_stored)
+    rank = np.empty_like(ranked)
+    rank[ranked] = np.arange(ranked.size) - np.repeat(np.cumsum(n_stored) - n_stored, n_stored)
+    return rank
+
+
+def _scores(
+    cells: CellCounts,
+    value: NDArray[np.float32],
+    statistics: GeneStatistics,
+    order: TokenOrder,
+    rng: np.random.Generator | None,
+) -> NDArray[np.float32]:
+    if cells.n_genes != statistics.n_genes:
+        raise ValueError(f"cells have {cells.n_genes} genes, the statistics {statistics.n_genes}")
+    if order is TokenOrder.EXPRESSION:
+        return value
+    if order is TokenOrder.ENTROPY:
+        weight = (1.0 / (statistics.normalised_entropy + ENTROPY_EPSILON)).astype(np.float32)
+        return value * weight[cells.counts.indices]
+    if rng is None:
+        raise ValueError("order='random' needs rng")
+    return rng.random(value.size, dtype=np.float32)
 
 
 def _rank_within_rows(score: NDArray[np.float32], n_stored: NDArray[np.int64]) -> NDArray[np.int64]:
