@@ -9,7 +9,7 @@ from types import FrameType
 
 import typer
 
-from scdiva.cli import check, demo, embed, inspect, train
+from scdiva.cli import check, convert, demo, embed, inspect, train
 from scdiva.errors import ScdivaError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("demo")(demo.demo)
 app.command("check")(check.check)
 app.command("embed")(embed.embed)
 app.command("inspect")(inspect.inspect)
+app.command("convert")(convert.convert)
 app.command("pretrain")(train.pretrain)
 app.command("finetune")(train.finetune)
 
