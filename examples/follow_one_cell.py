@@ -10,7 +10,9 @@ from scdiva.data.bundled import dataset_path
 from scdiva.data.reader import open_counts
 from scdiva.data.source import open_source
 from scdiva.data.thinning import split_counts
-from scdiva.models.scdiva.objectives import PackedCells
+from scdiva.diffusion import exact_count_masks
+from scdiva.models.scdiva.inputs import PackedCells
+from scdiva.models.scdiva.objectives import tokeniser_of
 from scdiva.serialization import serialize
 
 
@@ -55,7 +57,7 @@ def main(row: int = 1, model_name: str = "scdiva-blood-tiny") -> None:
     print("6. The anchor: pool the values times their gene embeddings, then z")
     packed = PackedCells.pack(cell)
     with torch.inference_mode():
-        pooled = model.network.pool(packed.gene_N, packed.value_N, packed.offset_B)
+        pooled = model.network.pooled(packed)
     z = model.embed(cell)
     print(f"   gene_N {tuple(packed.gene_N.shape)} -> pooled_BD {tuple(pooled.shape)} -> z_BZ {z.shape}")
     print(f"   z starts {np.round(z[0, :5], 2)}")
@@ -69,6 +71,25 @@ def main(row: int = 1, model_name: str = "scdiva-blood-tiny") -> None:
     markers = model.vocabulary.find(["MS4A1", "CD3D", "LYZ"])
     seen = np.asarray(cell.counts[0, markers].todense()).ravel()
     print(f"   MS4A1, CD3D, LYZ: counted {seen.tolist()}, expected CP10K {np.round(expected[markers], 1).tolist()}")
+
+    print("8. Masked diffusion: half of its genes are hidden; the network sees the others and how many are missing")
+    rng = np.random.default_rng(0)
+    masks = exact_count_masks(np.array([cell.counts.nnz]), 0.5, rng)
+    masked, targets = tokeniser_of(model.config, model.statistics).corrupt(cell, masks, rng)
+    with torch.inference_mode():
+        output = model.network(masked)
+        probability = model.network.gene_probabilities(masked, output)[0].numpy()
+    hidden = targets.gene_M.numpy()
+    guessed = np.argsort(-probability)[: hidden.size]
+    frequent = np.argsort(-np.where(masked.is_admissible_BG[0].numpy(), model.statistics.detection, 0))[: hidden.size]
+    print(
+        f"   {masked.gene_N.numel()} gene tokens read, {hidden.size} genes hidden; "
+        f"probabilities of {np.count_nonzero(probability):,} admissible genes sum to {probability.sum():.1f}"
+    )
+    print(
+        f"   among the {hidden.size} most probable are {np.isin(guessed, hidden).mean():.0%} of the hidden genes; "
+        f"among the most frequent of the corpus {np.isin(frequent, hidden).mean():.0%}"
+    )
 
 
 if __name__ == "__main__":

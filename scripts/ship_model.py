@@ -9,7 +9,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from scdiva.config import RunConfig, apply_overrides, load_config, save_config
+from scdiva.config import LoopConfig, RunConfig, apply_overrides, load_config, save_config
 from scdiva.models.scdiva import ScDiVa
 
 LIMIT_MB = 25
@@ -20,6 +20,9 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--presets", type=Path, default=Path("src/scdiva/presets"))
     parser.add_argument("--docs", type=Path, default=Path("docs/runs"))
+    parser.add_argument(
+        "--start-from", default="", help="what the kept configuration calls the model of the first stage"
+    )
     arguments = parser.parse_args()
     model = ScDiVa.from_pretrained(arguments.run / "bundle", device="cpu")
     target = arguments.presets / model.name
@@ -31,10 +34,11 @@ def main() -> None:
     kept.mkdir(parents=True, exist_ok=True)
     for name in ("log.csv", "curve.png"):
         shutil.copyfile(arguments.run / name, kept / name)
-    # the folder of the corpus is nobody else's
-    save_config(
-        apply_overrides(load_config(arguments.run / "config.toml", RunConfig), ["data.root=."]), kept / "config.toml"
-    )
+    # a fine-tuning run has no [model] and no files; the folder of the corpus is nobody else's
+    text = (arguments.run / "config.toml").read_text(encoding="utf-8")
+    kind = RunConfig if "[model]" in text else LoopConfig
+    overrides = ["data.root=."] + ([f"start_from={arguments.start_from}"] if kind is RunConfig else [])
+    save_config(apply_overrides(load_config(arguments.run / "config.toml", kind), overrides), kept / "config.toml")
     print(f"{target}: {size:.1f} MB; {kept}")
 
 

@@ -20,7 +20,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from scdiva.errors import ConfigError
 
@@ -54,13 +63,17 @@ class FileConfig(Section):
     """One file of the training corpus."""
 
     path: str
-    """Path of the file, or of a folder of files, absolute or relative to ``data.root``."""
+    """Path of the file, or of a folder of files, absolute or relative to ``data.root``; ``bundled:pbmc3k`` names a data
+    set that comes with the package."""
     layer: OptionalName = None
     """Layer that holds the raw counts; empty: find it."""
     batch_key: OptionalName = None
     """Column of ``.obs`` with the experimental batch (donor, lane); empty: the file is one batch."""
     exclude_batches: tuple[str, ...] = ()
     """Experimental batches that are left out, for example because they are kept for testing."""
+    conditions: dict[str, str] = {}
+    """Column of ``.obs`` for each field of ``data.conditions``; a field that is not named here is looked for under its
+    own name, and is unknown in a file that has no such column."""
     licence: str = ""
     """Where the data come from and under which licence; goes to the model card."""
 
@@ -72,6 +85,8 @@ class DataConfig(Section):
     """Folder that relative paths start from."""
     files: tuple[FileConfig, ...] = ()
     """The files of the corpus."""
+    conditions: tuple[str, ...] = ()
+    """Fields that the model may be conditioned on, for example ``["cell_type", "tissue"]``."""
     min_coverage: Fraction = 0.5
     """Smallest share of a file's UMIs that the vocabulary must cover."""
     heldout_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
@@ -114,6 +129,8 @@ class TrainingConfig(Section):
     """Optimiser steps of the whole run."""
     batch_size: PositiveInt = 128
     """Cells per minibatch and process."""
+    accumulate: PositiveInt = 1
+    """Minibatches per optimiser step and process: the gradient is the mean over them, the memory that of one."""
     validate_every: PositiveInt = 200
     """Steps between two evaluations on the held-out cells."""
     n_validation_cells: PositiveInt = 4096
@@ -130,6 +147,9 @@ class TrainingConfig(Section):
     """Where to train; auto: a GPU if there is one."""
     n_devices: PositiveInt = 1
     """Devices (processes) per machine."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """How several processes share the work. ddp: each holds the whole model; fsdp: each holds a share of the weights,
+    of their average and of the optimiser's state; auto: ddp. Nothing is shared by one process."""
     log_every: PositiveInt = 10
     """Steps between two rows of the log."""
     max_minutes: NaturalFloat = 0.0
@@ -285,7 +305,8 @@ def _validate(values: Mapping[str, Any], model: type[ConfigT], source: str) -> C
         problems = error.errors(include_url=False)
         # An unknown key explains other errors, and is the easiest to correct.
         first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
-        key = ".".join(str(part) for part in first["loc"])
+        # pydantic names the member of a union on the way; the file does not
+        key = ".".join(str(part) for part in first["loc"] if part not in _ARCHITECTURES)
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
         if first["type"] == "extra_forbidden":
             known = _keys_at(model, first["loc"][:-1])
@@ -313,6 +334,9 @@ def _keys_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]
     section: Any = model
     for part in location:
         if isinstance(part, int):
+            continue
+        if part in _ARCHITECTURES:
+            section = _ARCHITECTURES[part]
             continue
         section = section.model_fields[part].annotation
         # tuple[FileConfig, ...]: the items are the section.
@@ -359,37 +383,166 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-class AnchorConfig(Section):
-    """The anchor and the profile decoder."""
+def _check_heads(width: int, n_heads: int) -> None:
+    """Rotary positions turn pairs of dimensions within each head."""
+    if width % (2 * n_heads):
+        raise ValueError(f"width ({width}) must be a multiple of twice n_heads ({n_heads})")
 
+
+class TrunkConfig(Section):
+    """The transformer of the native model."""
+
+    n_layers: NaturalInt = 0
+    """Transformer layers; 0: no trunk, the model is anchor and profile decoder (the simple model)."""
+    width: PositiveInt = 192
+    """D, width of the tokens; a multiple of twice ``n_heads``."""
+    n_heads: PositiveInt = 3
+    """Attention heads."""
+    n_hidden: PositiveInt = 512
+    """Width of the gated feed-forward layers."""
+    max_tokens: PositiveInt = 1200
+    """L, largest number of gene tokens of a cell that the trunk reads."""
+    layout: Literal["set", "sequence"] = "set"
+    """set: no positions, one query stands for all hidden genes; sequence: hidden tokens in their places, with RoPE."""
+    order: Literal["entropy", "expression", "random"] = "entropy"
+    """Which tokens a cell keeps when it has more than L, and their positions in the sequence layout."""
+    value_likelihood: Literal["ztnb", "mse"] = "ztnb"
+    """ztnb: zero-truncated negative binomial on counts; mse: squared error on log1p(CP10K)."""
+    dropout: OpenFraction = 0.0
+    """Dropout in the trunk."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrunkConfig:
+        _check_heads(self.width, self.n_heads)
+        return self
+
+
+class NativeConfig(Section):
+    """The native scDiVa network: anchor, profile decoder and, with layers, the masked-diffusion trunk."""
+
+    architecture: Literal["native"] = "native"
+    """Which of the two configurations this is."""
     n_latent: PositiveInt = 128
     """Z, dimensions of the embedding z."""
     n_embedding: PositiveInt = 128
-    """D, dimensions of the gene embeddings."""
+    """E, dimensions of the gene embeddings."""
     n_hidden: PositiveInt = 512
-    """Width of the hidden layers."""
+    """Width of the hidden layers of anchor and profile decoder."""
     init: Literal["svd", "random"] = "svd"
     """Start of the gene embeddings: truncated SVD of the corpus, or noise."""
     embedding_std: NaturalFloat = 0.01
     """Standard deviation of the noise in the dimensions that the SVD does not fill."""
+    trunk: TrunkConfig = TrunkConfig()
+    """Section ``[model.trunk]``."""
 
 
-class AnchorObjectiveConfig(Section):
-    """The loss of the anchor: one part of a cell's counts predicts the other."""
+class OfficialConfig(Section):
+    """The published token model (defaults: exactly its sizes, 94,482,433 parameters)."""
+
+    architecture: Literal["official"]
+    """Which of the two configurations this is."""
+    n_layers: PositiveInt = 12
+    """Transformer layers."""
+    width: PositiveInt = 512
+    """D, width of tokens and gene embeddings."""
+    n_heads: PositiveInt = 8
+    """Attention heads."""
+    n_hidden: PositiveInt = 2048
+    """Width of the gated feed-forward layers."""
+    max_tokens: PositiveInt = 1200
+    """L, tokens that a cell keeps."""
+    dropout: OpenFraction = 0.1
+    """Dropout in the trunk."""
+    is_head_tied: bool = False
+    """Use the gene embeddings as the gene head (the published model does not)."""
+    order: Literal["entropy", "expression", "random"] = "entropy"
+    """How the tokens of a cell are ranked."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OfficialConfig:
+        _check_heads(self.width, self.n_heads)
+        return self
+
+
+class DenseConfig(Section):
+    """The dense model of the first published version (defaults: exactly its sizes, 93,523,134 parameters)."""
+
+    architecture: Literal["official-dense"]
+    """Names this architecture; it cannot be trained here."""
+    n_layers: PositiveInt = 12
+    """Layers."""
+    width: PositiveInt = 512
+    """D, width of a cell's one token."""
+    n_heads: PositiveInt = 8
+    """Attention heads, without effect on a single token."""
+    n_hidden: PositiveInt = 2048
+    """Width of the gated feed-forward layers."""
+    n_latent: PositiveInt = 128
+    """Z, dimensions of the latent mean."""
+    n_classes: PositiveInt = 100
+    """C, classes of the annotation head."""
+
+
+ModelConfig = NativeConfig | OfficialConfig | DenseConfig
+"""Any network that a bundle may hold."""
+
+
+def _architecture(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        return str(getattr(value, "architecture", "native"))
+    return str(value.get("architecture", "native")) if isinstance(value, dict) else "native"
+
+
+TrainableConfig = Annotated[
+    Annotated[NativeConfig, Tag("native")] | Annotated[OfficialConfig, Tag("official")],
+    Discriminator(_architecture),
+]
+
+
+_ARCHITECTURES: dict[str | int, type[Section]] = {"native": NativeConfig, "official": OfficialConfig}
+
+
+class NativeObjectiveConfig(Section):
+    """The loss of the native model."""
 
     rho_min: OpenFraction = 0.05
-    """Smallest share of the counts that the encoder sees."""
+    """Smallest share of the counts that view A holds."""
     rho_max: OpenFraction = 0.95
-    """Largest share of the counts that the encoder sees."""
+    """Largest share of the counts that view A holds."""
     kl_weight: NaturalFloat = 0.0
     """Weight of the KL divergence of z from a standard normal."""
     latent_noise: NaturalFloat = 0.0
     """Standard deviation of the noise on z in training."""
+    p_split: Fraction = 0.5
+    """Share of cells whose z comes from view A while view B is denoised."""
+    p_visible: Fraction = 0.3
+    """Share of cells that are denoised whole, with z from their visible tokens; the rest has the learned null z."""
+    p_joint: Fraction = 0.4
+    """Share of masks that hide genes with their values."""
+    p_values: Fraction = 0.3
+    """Share of masks that hide values only (imputation)."""
+    p_staged: Fraction = 0.2
+    """Share of masks that hide genes and, of the visible genes, some values; the rest hides everything."""
+    freeze_anchor: bool = False
+    """Keep anchor, profile decoder and gene embeddings as they are, and with them every embedding; train the rest."""
+    condition_dropout: Fraction = 0.1
+    """Probability that a condition field is left out, and, once more, that all are."""
+    identity_weight: NaturalFloat = 1.0
+    """Weight of the identity term. With ``identity_weight = value_weight = 0`` only anchor and profile decoder are
+    trained, on split views."""
+    value_weight: NaturalFloat = 1.0
+    """Weight of the value term (10 is usual for ``value_likelihood = "mse"``)."""
+    profile_weight: NaturalFloat = 1.0
+    """Weight of the profile term."""
 
     @model_validator(mode="after")
-    def _check_range(self) -> AnchorObjectiveConfig:
+    def _check(self) -> NativeObjectiveConfig:
         if self.rho_min > self.rho_max:
             raise ValueError(f"rho_min ({self.rho_min}) must not be above rho_max ({self.rho_max})")
+        if self.p_split + self.p_visible > 1 + 1e-9:
+            raise ValueError("p_split and p_visible must not add up to more than 1")
+        if self.p_joint + self.p_values + self.p_staged > 1 + 1e-9:
+            raise ValueError("p_joint, p_values and p_staged must not add up to more than 1")
         return self
 
 
@@ -402,7 +555,9 @@ class RunConfig(LoopConfig):
     """What the model is and is not; goes to the model card."""
     licence: str = ""
     """Licence of the weights (an SPDX name such as apache-2.0)."""
-    model: AnchorConfig = AnchorConfig()
-    """Section ``[model]``."""
-    objective: AnchorObjectiveConfig = AnchorObjectiveConfig()
-    """Section ``[objective]``."""
+    start_from: str = ""
+    """Model to start from (bundled name or folder); empty: start from the corpus. Its genes are kept."""
+    model: TrainableConfig = NativeConfig()
+    """Section ``[model]``; ``architecture`` says which."""
+    objective: NativeObjectiveConfig = NativeObjectiveConfig()
+    """Section ``[objective]`` (of the native model; the official one has no settings)."""

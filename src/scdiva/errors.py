@@ -69,6 +69,10 @@ class UntrainedHeadError(ScdivaError):
     """A part of a model was asked for that its training never touched."""
 
 
+class UnsupportedError(ScdivaError):
+    """A model was asked for something that models of its kind do not do."""
+
+
 class TrainingError(ScdivaError):
     """Training cannot start or go on."""
 

@@ -10,14 +10,19 @@ import typer
 
 def inspect(
     path: Annotated[str | None, typer.Argument(metavar="PATH", help="Bundle folder or Hugging Face Hub id.")] = None,
-    preset: Annotated[str | None, typer.Option("--preset", help="Name of a bundled model.")] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="A bundled model, or a size: official, tiny, small, base.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Verify a model bundle and tell what it holds."""
-    from scdiva.models.bundle import WEIGHTS, bundled_path, find_bundle, read_bundle, read_weights
+    from scdiva.models.bundle import BUNDLED, WEIGHTS, bundled_path, find_bundle, read_bundle, read_weights
 
     if (path is None) == (preset is None):
         raise typer.BadParameter("give either PATH or --preset NAME")
+    if preset is not None and preset not in BUNDLED:
+        _tell_size(preset, as_json=as_json)
+        return
     folder = bundled_path(preset) if preset is not None else find_bundle(str(path))
     content = read_bundle(folder)
     weights = read_weights(folder)
@@ -51,3 +56,30 @@ def inspect(
                     typer.echo(f"    {name:<28}{item}")
         else:
             typer.echo(f"  {key:<30}{value}")
+
+
+def _tell_size(preset: str, *, as_json: bool) -> None:
+    """Print a named size of the network and its number of parameters; there are no weights."""
+    from scdiva.errors import BundleError
+    from scdiva.genes import GeneVocabulary
+    from scdiva.models.bundle import BUNDLED
+    from scdiva.models.scdiva.presets import PRESETS, n_parameters
+
+    if preset not in PRESETS:
+        raise BundleError(
+            f"there is no preset {preset!r}",
+            expected=f"a bundled model ({', '.join(BUNDLED)}) or a size ({', '.join(PRESETS)})",
+            fix="correct the name, or give the path of a bundle",
+        )
+    config, n_genes = PRESETS[preset], GeneVocabulary.default().n_genes
+    facts = {
+        "preset": preset,
+        "n_parameters": n_parameters(config, n_genes),
+        "n_genes": n_genes,
+        "model": config.model_dump(mode="json"),
+    }
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    typer.echo(f"{preset}: {facts['n_parameters']:,} parameters over {n_genes:,} genes (a size, without weights)")
+    typer.echo("\n".join(f"  {key:<30}{value}" for key, value in config.model_dump(mode="json").items()))

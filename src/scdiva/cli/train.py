@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -41,28 +42,57 @@ def finetune(
     batch_key: Annotated[
         str | None, typer.Option("--batch-key", help=".obs column with donors or batches; whole ones are held out.")
     ] = None,
+    condition: Annotated[
+        list[str] | None,
+        typer.Option("--condition", help=".obs column that the model can be conditioned on afterwards; repeatable."),
+    ] = None,
+    only_measured_genes: Annotated[
+        bool, typer.Option("--only-measured-genes", help="Leave genes that FILE lacks out of the new model.")
+    ] = False,
+    name: Annotated[str, typer.Option("--name", help="Name of the new model.")] = "",
     min_coverage: CoverageOption = 0.5,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the run.")] = 0,
     overrides: OverridesOption = None,
 ) -> None:
-    """Adapt a model to the unlabelled cells of FILE, in a few minutes. The same command again resumes."""
+    """Adapt a model to the cells of FILE, in a few minutes. The same command again resumes.
+
+    Without --condition nothing is learned from labels, and anchor and profile decoder are trained. With it the whole
+    network is, and the labels of the columns become conditions of the new model.
+    """
     from scdiva.config import apply_overrides
     from scdiva.data.source import open_source
     from scdiva.models.scdiva import ScDiVa
-    from scdiva.tasks.pretrain import adapt, adaptation_config
+    from scdiva.tasks.pretrain import adapt, adaptation_config, conditioning_config
 
-    settings = apply_overrides(adaptation_config(open_source(file).n_cells, seed=seed), overrides or [])
-    base = ScDiVa.from_pretrained(model, device="cpu")
-    _tell(adapt(file, base, out, config=settings, layer=layer, batch_key=batch_key, min_coverage=min_coverage))
+    usual = conditioning_config(seed=seed) if condition else adaptation_config(open_source(file).n_cells, seed=seed)
+    _tell(
+        adapt(
+            file,
+            ScDiVa.from_pretrained(model, device="cpu"),
+            out,
+            config=apply_overrides(usual, overrides or []),
+            conditions=condition or (),
+            only_measured_genes=only_measured_genes,
+            name=name,
+            layer=layer,
+            batch_key=batch_key,
+            min_coverage=min_coverage,
+        )
+    )
 
 
 def _tell(trained: TrainedModel) -> None:
+    if os.environ.get("RANK", "0") != "0":  # one of several processes under torchrun
+        return
     fitted = trained.fit
     typer.echo(
         f"{fitted.last_step:,} steps, {fitted.n_cells:,} cell passes, {fitted.cells_per_s:,.0f} cells/s; stopped by "
         f"{fitted.stopped_because}; best step {fitted.best_step:,}"
     )
     for name, value in trained.metrics.items():
-        typer.echo(f"  {name:<28}{value:.4f} nats per UMI")
+        if not name.endswith("_floor"):
+            floor = trained.metrics.get(f"{name}_floor")
+            beside = "" if floor is None else f"   floor {floor:.4f}"
+            typer.echo(f"  {name:<34}{value:>9.4f}{beside}")
     typer.echo(f"model: {trained.path}")
     typer.echo(f"next:  scdiva embed FILE OUT.h5ad --model {trained.path}")

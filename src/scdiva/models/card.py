@@ -8,7 +8,7 @@ from typing import Any
 from scdiva.genes import GeneVocabulary
 
 
-def model_card(config: Mapping[str, Any], vocabulary: GeneVocabulary, n_parameters: int) -> str:
+def model_card(config: Mapping[str, Any], vocabulary: GeneVocabulary, n_parameters: int, n_latent: int) -> str:
     """Write the card of a bundle.
 
     Parameters
@@ -19,6 +19,8 @@ def model_card(config: Mapping[str, Any], vocabulary: GeneVocabulary, n_paramete
         The bundle's genes.
     n_parameters
         Number of weights.
+    n_latent
+        Dimensions of the embedding.
 
     Returns
     -------
@@ -38,8 +40,7 @@ def model_card(config: Mapping[str, Any], vocabulary: GeneVocabulary, n_paramete
         "---",
         f"# {name}",
         "",
-        f"{n_parameters:,} parameters; embedding of {config['model']['n_latent']} dimensions; "
-        f"{vocabulary.n_genes:,} genes{trimmed}.",
+        f"{n_parameters:,} parameters; embedding of {n_latent} dimensions; {vocabulary.n_genes:,} genes{trimmed}.",
         f"Trained parts: {', '.join(config.get('trained_heads', [])) or 'none'}; there are no others in this bundle.",
         "",
     ]
@@ -64,9 +65,21 @@ def model_card(config: Mapping[str, Any], vocabulary: GeneVocabulary, n_paramete
         if training.get("base_model"):
             lines += ["", f"Started from {training['base_model']}."]
         lines.append("")
+    if labels := config.get("conditions"):
+        lines += [
+            "## Conditions",
+            "",
+            "What the model can be told of a cell; the labels are those of its training files.",
+            "",
+        ]
+        lines += [f"- {field}: {', '.join(names)}" for field, names in labels.items()]
+        lines.append("")
     if metrics:
-        lines += ["## Measured on the held-out cells", "", "| metric | value |", "|---|---:|"]
-        lines += [f"| {key} | {value:.4f} |" for key, value in metrics.items()]
+        lines += ["## Measured on the held-out cells", "", "| metric | value | floor |", "|---|---:|---:|"]
+        for key, value in metrics.items():
+            if not key.endswith("_floor"):
+                floor = metrics.get(f"{key}_floor")
+                lines.append(f"| {key} | {value:.4f} | {'' if floor is None else f'{floor:.4f}'} |")
         lines.append("")
     lines += [
         "## Use",

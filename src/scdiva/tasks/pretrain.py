@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 
-from scdiva.config import AnchorObjectiveConfig, FileConfig, LoopConfig, RunConfig
+from scdiva.config import FileConfig, LoopConfig, NativeConfig, NativeObjectiveConfig, OfficialConfig, RunConfig
+from scdiva.data.bundled import dataset_path
+from scdiva.data.conditions import ConditionLabels, collect_labels
 from scdiva.data.loader import fixed_minibatches, ordered_blocks
 from scdiva.data.reader import MIN_COVERAGE, CellCorpus, CellsInMemory, CountsReader, list_sources, open_counts
 from scdiva.data.source import open_source
@@ -21,12 +24,14 @@ from scdiva.data.splits import hold_out
 from scdiva.data.statistics import GeneStatistics
 from scdiva.errors import ConfigError
 from scdiva.genes import GeneVocabulary
-from scdiva.models.scdiva.init import MAX_CELLS, init_network
-from scdiva.models.scdiva.model import ScDiVa
-from scdiva.models.scdiva.network import AnchorNetwork
-from scdiva.models.scdiva.objectives import SplitProfileObjective
+from scdiva.models.scdiva.init import MAX_CELLS, grow, init_network, simple_model
+from scdiva.models.scdiva.model import Network, ScDiVa, build_network
+from scdiva.models.scdiva.native import NativeNetwork, SimpleModel
+from scdiva.models.scdiva.objectives import NativeObjective
+from scdiva.models.scdiva.official import OfficialNetwork
+from scdiva.models.scdiva.official_objective import OfficialObjective
 from scdiva.training import FitResult, fit
-from scdiva.types import CellCollection
+from scdiva.types import CellCollection, CellCounts, Objective
 
 if TYPE_CHECKING:
     from scdiva.data.source import DataLike
@@ -35,6 +40,9 @@ log = logging.getLogger(__name__)
 
 BUNDLE = "bundle"
 """Folder of the finished model within the folder of a run."""
+
+BUNDLED_PREFIX = "bundled:"
+"""``bundled:pbmc3k`` in the place of a path names a data set that comes with the package."""
 
 MAX_CELLS_IN_MEMORY = 200_000
 """Corpora up to this size are read once; larger ones are read from disk block by block, in every epoch."""
@@ -57,8 +65,8 @@ class TrainedModel:
     fit
         What the loop reached.
     metrics
-        Terms of the loss on the held-out cells, nats per UMI: ``profile_nll``, and ``profile_nll_floor``, the mean
-        profile that knows nothing of the cell.
+        Terms of the loss on the held-out cells, each beside its floor (``*_floor``); see
+        :class:`scdiva.models.scdiva.objectives.NativeObjective`.
     """
 
     model: ScDiVa
@@ -93,40 +101,46 @@ def pretrain(config: RunConfig, out_dir: str | Path, *, progress: bool = True) -
         raise ConfigError(
             "data.files is empty", expected="the files of the corpus", fix="name them in the configuration"
         )
-    corpus = open_corpus_of(config, GeneVocabulary.default())
-    vocabulary = _seen_genes(corpus, config.data.min_cells_per_gene)
+    base = ScDiVa.from_pretrained(config.start_from, device="cpu") if config.start_from else None
+    if base is None:
+        corpus = open_corpus_of(config, GeneVocabulary.default())
+        vocabulary = _seen_genes(corpus, config.data.min_cells_per_gene)
+    else:
+        vocabulary = base.vocabulary
     corpus = open_corpus_of(config, vocabulary)
-    cells = _in_memory(corpus)
     files = [file for file, _ in _sources_of(config)]
+    corpus, labels = _with_conditions(corpus, config.data.conditions, [file.conditions for file in files], base)
+    cells = _in_memory(corpus)
     groups = corpus.groups([file.batch_key for file in files])
     train, heldout = hold_out(groups, config.data.heldout_fraction, np.random.default_rng([config.seed, _SPLIT_STREAM]))
     log.info(
         "%s cells to train on, %s held out, %s genes", f"{train.size:,}", f"{heldout.size:,}", f"{vocabulary.n_genes:,}"
     )
-    statistics = GeneStatistics.from_blocks(ordered_blocks(cells, _BLOCK, indices=train))
-    network = AnchorNetwork(vocabulary.n_genes, config.model)
-    if config.model.init == "svd":
-        rng = np.random.default_rng([config.seed, _SVD_STREAM])
-        chosen = train if train.size <= MAX_CELLS else np.sort(rng.choice(train, MAX_CELLS, replace=False))
-        blocks = ordered_blocks(cells, _BLOCK, indices=chosen)
+    own, simple = _statistics(corpus, cells, train)
+    # tokens are ranked by the statistics that the model was first trained with
+    statistics = own if base is None else base.statistics
+    network = build_network(vocabulary.n_genes, config.model, labels)
+    if base is not None:
+        grow(network, base, labels)
+    elif isinstance(network, NativeNetwork) and isinstance(config.model, NativeConfig):
+        blocks = _svd_blocks(cells, train, config.seed) if config.model.init == "svd" else None
         n_components = min(config.model.n_latent, config.model.n_embedding)
-        init_network(network, statistics, blocks, n_components, seed=config.seed)
-    else:
-        with torch.no_grad():
-            network.log_profile.copy_(torch.from_numpy(statistics.log_mean_profile()))
-    objective = SplitProfileObjective(network, config.objective)
-    identity = {"content_of_the_files": _content_hash(corpus, statistics)}
+        init_network(network, own, simple, blocks, n_components, seed=config.seed)
+    objective = _objective(network, config, statistics, simple)
+    identity = {"content_of_the_files": _content_hash(corpus, own)}
+    if base is not None:
+        identity["model_to_start_from"] = _weights_hash(base)
     fitted, metrics = _fit(objective, cells, train, heldout, config, out, identity, progress=progress)
+    record = _training_record(corpus, groups, train, heldout, fitted, config, [f.licence for f in files])
     details = {
         "name": config.name or out.name,
         "description": config.description,
         "license": config.licence,
-        "trained_heads": ["anchor", "profile_decoder"],
-        "training": _training_record(corpus, groups, train, heldout, fitted, config, [f.licence for f in files]),
+        "trained_heads": _trained_heads(config),
+        "training": record if base is None else {**record, **_origin(base)},
         "metrics": metrics,
     }
-    model = ScDiVa(network, config.model, vocabulary, statistics, details=details)
-    return _saved(model, out, fitted, metrics)
+    return _saved(ScDiVa(network, config.model, vocabulary, statistics, details=details, labels=labels), out, fitted)
 
 
 def adapt(
@@ -135,7 +149,10 @@ def adapt(
     out_dir: str | Path,
     *,
     config: LoopConfig | None = None,
-    objective: AnchorObjectiveConfig | None = None,
+    objective: NativeObjectiveConfig | None = None,
+    conditions: Sequence[str] = (),
+    only_measured_genes: bool = False,
+    name: str = "",
     seed: int = 0,
     layer: str | None = None,
     batch_key: str | None = None,
@@ -159,7 +176,14 @@ def adapt(
     config
         Loop settings; :func:`adaptation_config` if left out.
     objective
-        Loss settings; those for small data if left out.
+        Loss settings. If left out: anchor and profile decoder on split views, or, with ``conditions``, everything.
+    conditions
+        Columns of ``.obs`` that the adapted model can be conditioned on (cell type, for example); their labels are
+        added to those of the model. Needs a model with a trunk.
+    only_measured_genes
+        Leave the genes that the data do not measure out of the new model: it is smaller, and does not know them.
+    name
+        Name of the new model; that of the model with "-adapted" if left out.
     seed
         Seed of the run, where ``config`` is left out.
     layer, min_coverage
@@ -175,40 +199,49 @@ def adapt(
         See :func:`scdiva.training.fit`.
     """
     out = Path(out_dir)
+    config_of_model = model.config
+    if not isinstance(config_of_model, NativeConfig):
+        model.native("adaptation")
+    assert isinstance(config_of_model, NativeConfig)
     reader = open_counts(open_source(data), model.vocabulary, layer=layer, min_coverage=min_coverage)
-    corpus = CellCorpus((reader,), (None,))
+    if only_measured_genes:
+        model = model.restricted(reader.alignment.is_measured)
+        reader = open_counts(reader.source, model.vocabulary, layer=layer, min_coverage=min_coverage)
+    corpus, labels = _with_conditions(CellCorpus((reader,), (None,)), conditions, [{}], model)
     cells = _in_memory(corpus)
-    loop = config or adaptation_config(len(cells), seed=seed)
-    settings = objective or ADAPTATION_OBJECTIVE
+    loop = config or (adaptation_config(len(cells), seed=seed) if not conditions else conditioning_config(seed=seed))
+    settings = objective or (NativeObjectiveConfig() if conditions else ADAPTATION_OBJECTIVE)
     groups = corpus.groups([batch_key])
     train, heldout = hold_out(groups, loop.data.heldout_fraction, np.random.default_rng([loop.seed, _SPLIT_STREAM]))
-    network = AnchorNetwork(model.vocabulary.n_genes, model.config)
-    network.load_state_dict(model.network.state_dict())
-    own = GeneStatistics.from_blocks(ordered_blocks(cells, _BLOCK, indices=train))
+    network = build_network(model.vocabulary.n_genes, config_of_model, labels)
+    assert isinstance(network, NativeNetwork)
+    grow(network, model, labels)
+    own, simple = _statistics(corpus, cells, train)
     with torch.no_grad():
-        network.log_profile.copy_(torch.from_numpy(own.log_mean_profile()))
+        network.anchor.log_profile.copy_(torch.from_numpy(own.log_mean_profile()))
     identity = {
         "content_of_the_files": _content_hash(corpus, own),
         "model_to_start_from": _weights_hash(model),
         "objective": settings.model_dump_json(),
+        "conditions": ", ".join(conditions),
     }
-    fitted, metrics = _fit(
-        SplitProfileObjective(network, settings), cells, train, heldout, loop, out, identity, progress=progress
-    )
+    task = NativeObjective(network, settings, config_of_model, model.statistics, simple)
+    fitted, metrics = _fit(task, cells, train, heldout, loop, out, identity, progress=progress)
     record = _training_record(corpus, groups, train, heldout, fitted, loop, ["the user's own data"])
+    what = f"with labels of {', '.join(conditions)} as conditions" if conditions else "without labels"
     details = {
         **model.details,
-        "name": f"{model.name}-adapted",
-        "description": f"{model.name}, adapted to {reader.source.name} without labels.",
-        "training": {**record, "base_model": model.name, "base_model_hash": model.bundle_hash},
+        "name": name or f"{model.name}-adapted",
+        "description": f"{model.name}, adapted to {reader.source.name} {what}.",
+        "training": {**record, **_origin(model)},
         "metrics": metrics,
     }
-    adapted = ScDiVa(network, model.config, model.vocabulary, model.statistics, details=details, labels=model.labels)
-    return _saved(adapted, out, fitted, metrics)
+    adapted = ScDiVa(network, config_of_model, model.vocabulary, model.statistics, details=details, labels=labels)
+    return _saved(adapted, out, fitted)
 
 
-ADAPTATION_OBJECTIVE = AnchorObjectiveConfig()
-"""Loss settings of :func:`adapt` (chosen by docs/experiments.md)."""
+ADAPTATION_OBJECTIVE = NativeObjectiveConfig(identity_weight=0.0, value_weight=0.0)
+"""Loss settings of :func:`adapt` (chosen by docs/experiments.md): anchor and profile decoder."""
 
 
 def adaptation_config(n_cells: int, *, seed: int = 0) -> LoopConfig:
@@ -224,6 +257,25 @@ def adaptation_config(n_cells: int, *, seed: int = 0) -> LoopConfig:
                 "validate_every": 25,
                 "patience": 4,
                 "checkpoint_every": 100,
+            },
+        }
+    )
+
+
+def conditioning_config(*, seed: int = 0) -> LoopConfig:
+    """Return the loop settings of :func:`adapt` with conditions: the whole network is trained."""
+    return LoopConfig.model_validate(
+        {
+            "seed": seed,
+            "data": {"heldout_fraction": 0.1},
+            "optim": {"lr": 5e-4, "warmup_steps": 50, "ema_decay": 0.99},
+            "training": {
+                "max_steps": 600,
+                "batch_size": 64,
+                "validate_every": 50,
+                "patience": 4,
+                "checkpoint_every": 100,
+                "n_validation_cells": 512,
             },
         }
     )
@@ -273,7 +325,13 @@ def open_corpus_of(config: RunConfig, vocabulary: GeneVocabulary) -> CellCorpus:
 def _sources_of(config: RunConfig) -> list[tuple[FileConfig, Path]]:
     """Return every source of the corpus with its settings; a folder of files stands for all of them."""
     root = Path(config.data.root)
-    return [(file, path) for file in config.data.files for path in list_sources([root / file.path])]
+    found: list[tuple[FileConfig, Path]] = []
+    for file in config.data.files:
+        if file.path.startswith(BUNDLED_PREFIX):
+            found.append((file, dataset_path(file.path.removeprefix(BUNDLED_PREFIX))))
+        else:
+            found += [(file, path) for path in list_sources([root / file.path])]
+    return found
 
 
 def _seen_genes(corpus: CellCorpus, min_cells: int) -> GeneVocabulary:
@@ -295,8 +353,67 @@ def _in_memory(corpus: CellCorpus) -> CellCollection:
     return CellsInMemory.of(corpus) if len(corpus) <= MAX_CELLS_IN_MEMORY else corpus
 
 
+def _with_conditions(
+    corpus: CellCorpus, fields: Sequence[str], columns: Sequence[Mapping[str, str]], base: ScDiVa | None
+) -> tuple[CellCorpus, ConditionLabels]:
+    """Code the cells by the labels of the corpus, added to those of the model that the run starts from."""
+    labels = base.labels if base is not None else ConditionLabels.none()
+    if fields:
+        found, report = collect_labels(zip(corpus.readers, corpus.rows, strict=True), fields, columns)
+        labels = labels.merged(found)
+        for line in report.lines():
+            log.info("%s", line)
+    return corpus.with_conditions(labels, columns), labels
+
+
+def _statistics(
+    corpus: CellCorpus, cells: CellCollection, train: NDArray[np.int64]
+) -> tuple[GeneStatistics, SimpleModel]:
+    """Count the training cells, in one pass."""
+    depths: list[NDArray[np.int64]] = []
+
+    def counted() -> Iterator[CellCounts]:
+        for block in ordered_blocks(cells, _BLOCK, indices=train):
+            depths.append(np.asarray(block.counts.sum(axis=1)).ravel())
+            yield block
+
+    statistics = GeneStatistics.from_blocks(counted())
+    ends = np.cumsum(corpus.sizes)
+    n_cells = np.bincount(np.searchsorted(ends, train, side="right"), minlength=ends.size)
+    is_measured = np.stack([reader.alignment.is_measured for reader in corpus.readers])
+    return statistics, simple_model(statistics, n_cells @ is_measured.astype(np.int64), np.concatenate(depths))
+
+
+def _svd_blocks(cells: CellCollection, train: NDArray[np.int64], seed: int) -> Iterator[CellCounts]:
+    rng = np.random.default_rng([seed, _SVD_STREAM])
+    chosen = train if train.size <= MAX_CELLS else np.sort(rng.choice(train, MAX_CELLS, replace=False))
+    return ordered_blocks(cells, _BLOCK, indices=chosen)
+
+
+def _objective(network: Network, config: RunConfig, statistics: GeneStatistics, simple: SimpleModel) -> Objective:
+    if isinstance(network, NativeNetwork):
+        assert isinstance(config.model, NativeConfig)
+        return NativeObjective(network, config.objective, config.model, statistics, simple)
+    assert isinstance(network, OfficialNetwork)
+    return OfficialObjective(network, statistics)
+
+
+def _trained_heads(config: RunConfig) -> list[str]:
+    if isinstance(config.model, OfficialConfig):
+        return ["gene", "value"]
+    heads = ["anchor", "profile_decoder"]
+    for head, weight in (("identity", config.objective.identity_weight), ("value", config.objective.value_weight)):
+        if weight > 0:
+            heads.append(head)
+    return heads
+
+
+def _origin(base: ScDiVa) -> dict[str, str]:
+    return {"base_model": base.name, "base_model_hash": base.bundle_hash}
+
+
 def _fit(
-    objective: SplitProfileObjective,
+    objective: Objective,
     cells: CellCollection,
     train: NDArray[np.int64],
     heldout: NDArray[np.int64],
@@ -313,11 +430,10 @@ def _fit(
         heldout_indices=heldout,
         config=config,
         out_dir=out,
-        monitor="profile_nll",
+        monitor="loss",
         identity=identity,
         progress=progress,
     )
-    objective.eval()
     generator = torch.Generator().manual_seed(config.seed)
     totals: dict[str, float] = {}
     n_cells = 0
@@ -325,7 +441,7 @@ def _fit(
         for minibatch in fixed_minibatches(
             cells,
             heldout,
-            objective.prepare,
+            objective.prepare_heldout,
             batch_size=config.training.batch_size,
             seed=config.seed,
             max_cells=config.training.n_validation_cells,
@@ -395,7 +511,11 @@ def _weights_hash(model: ScDiVa) -> str:
     return digest.hexdigest()
 
 
-def _saved(model: ScDiVa, out: Path, fitted: FitResult, metrics: dict[str, float]) -> TrainedModel:
+def _saved(model: ScDiVa, out: Path, fitted: FitResult) -> TrainedModel:
+    """Write the bundle; of several processes the first does, and the others wait for it."""
     path = out / BUNDLE
-    model.save_pretrained(path, overwrite=True)
-    return TrainedModel(ScDiVa.from_pretrained(path, device="cpu"), path, fitted, metrics)
+    if rank_zero_only.rank == 0:
+        model.save_pretrained(path, overwrite=True)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return TrainedModel(ScDiVa.from_pretrained(path, device="cpu"), path, fitted, model.details["metrics"])

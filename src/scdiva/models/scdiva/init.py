@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse as sp
@@ -10,10 +11,15 @@ import torch
 from numpy.typing import NDArray
 from sklearn.utils.extmath import randomized_svd
 
+from scdiva.data.conditions import ConditionLabels
 from scdiva.data.statistics import GeneStatistics
-from scdiva.models.scdiva.network import AnchorNetwork
+from scdiva.errors import ConfigError
+from scdiva.models.scdiva.native import NativeNetwork, SimpleModel
 from scdiva.serialization import log1p_cp10k
 from scdiva.types import CellCounts
+
+if TYPE_CHECKING:
+    from scdiva.models.scdiva.model import ScDiVa
 
 MAX_CELLS = 50_000
 """Cells that the decomposition looks at; more change the leading components little and cost memory."""
@@ -64,11 +70,116 @@ def corpus_components(blocks: Iterable[CellCounts], n_components: int, seed: int
     return components.astype(np.float32), float(pool_scale)
 
 
-def init_network(
-    network: AnchorNetwork, statistics: GeneStatistics, blocks: Iterable[CellCounts], n_components: int, seed: int
-) -> None:
-    """Set everything in a network that starts at the corpus."""
-    components, pool_scale = corpus_components(blocks, n_components, seed)
-    network.init_from_corpus(
-        torch.from_numpy(components), torch.from_numpy(statistics.log_mean_profile()).float(), pool_scale
+_N_DEPTHS = 16
+
+
+def simple_model(
+    statistics: GeneStatistics, n_measured_G: NDArray[np.integer], depths: NDArray[np.floating]
+) -> SimpleModel:
+    """Return what the corpus's statistics say of each gene without looking at a cell.
+
+    Parameters
+    ----------
+    statistics
+        Of the training cells.
+    n_measured_G
+        ``(n_genes,)`` number of training cells whose file measures the gene: a gene that a file lacks is unknown
+        there, not absent.
+    depths
+        UMIs of each training cell in genes of the vocabulary. Sixteen quantiles stand for them: with the mean depth,
+        a few deeply read cells would set the dispersion of all genes.
+    """
+    n_measured = np.maximum(n_measured_G, 1).astype(float)
+    # half a cell more on either side keeps log-odds finite
+    detection = (statistics.n_detected + 0.5) / (n_measured + 1.0)
+    log_profile = statistics.log_mean_profile()
+    rate = np.exp(log_profile) * max(statistics.n_cells, 1) / n_measured
+    quantiles = np.quantile(depths, (np.arange(_N_DEPTHS) + 0.5) / _N_DEPTHS)
+    mean_value = np.log1p(statistics.sum_cp10k / np.maximum(statistics.n_detected, 1))
+    is_seen = statistics.n_detected > 0
+    mean_value = np.where(is_seen, mean_value, mean_value[is_seen].mean() if is_seen.any() else 0.0)
+    return SimpleModel(
+        log_profile_G=torch.from_numpy(log_profile).float(),
+        detection_logit_G=torch.from_numpy(np.log(detection) - np.log1p(-detection)).float(),
+        log_theta_G=torch.from_numpy(_log_theta(rate, quantiles, detection)).float(),
+        mean_log_depth=float(np.log1p(depths).mean()),
+        mean_value_G=torch.from_numpy(mean_value).float(),
     )
+
+
+_LOG_THETA = (-3.0, 4.0)
+
+
+def _log_theta(
+    rate: NDArray[np.float64], depths: NDArray[np.float64], detection: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Solve mean over depths of 1 - NB(0; depth * rate, theta) = detection by bisection; the ends where none fits."""
+    lower, upper = (np.full(rate.size, end) for end in _LOG_THETA)
+    for _ in range(24):
+        middle = 0.5 * (lower + upper)
+        theta = np.exp(middle)
+        # detection grows with theta: less dispersion spreads the same molecules over more cells
+        expected = np.mean([-np.expm1(-theta * np.log1p(depth * rate / theta)) for depth in depths], axis=0)
+        too_low = expected < detection
+        lower, upper = np.where(too_low, middle, lower), np.where(too_low, upper, middle)
+    return 0.5 * (lower + upper)
+
+
+def init_network(
+    network: NativeNetwork,
+    statistics: GeneStatistics,
+    simple: SimpleModel,
+    blocks: Iterable[CellCounts] | None,
+    n_components: int,
+    seed: int,
+) -> None:
+    """Set everything in a network that starts at the corpus.
+
+    ``blocks`` are the cells whose principal components the gene embeddings start at; None: at noise.
+    """
+    network.init_simple_model(simple)
+    log_profile = torch.from_numpy(statistics.log_mean_profile()).float()
+    if blocks is None:
+        with torch.no_grad():
+            network.anchor.log_profile.copy_(log_profile)
+        return
+    components, pool_scale = corpus_components(blocks, n_components, seed)
+    network.anchor.init_from_corpus(torch.from_numpy(components), log_profile, pool_scale)
+
+
+@torch.no_grad()
+def grow(network: torch.nn.Module, base: ScDiVa, labels: ConditionLabels) -> None:
+    """Start a network at the weights of a model; it may have more labels, condition fields or a trunk in addition.
+
+    Whatever the model has goes in; what only the new network has stays at its own start. A trunk and more labels change
+    no prediction at first; one more field gives a trained trunk one more token to read, which does a little.
+
+    Parameters
+    ----------
+    network
+        Over the same genes.
+    base
+        The model.
+    labels
+        Condition labels of the network: those of the model, with more at the end of each field.
+
+    Raises
+    ------
+    ConfigError
+        The model has a weight that does not fit into the network; names the first.
+    """
+    own = network.state_dict()
+    label_embeddings = {f"trunk.labels.{i}.weight" for i in range(labels.n_fields)}
+    for name, tensor in base.network.state_dict().items():
+        target = own.get(name)
+        if target is not None and target.shape == tensor.shape:
+            target.copy_(tensor)
+        elif target is not None and name in label_embeddings and target.shape[1:] == tensor.shape[1:]:
+            target[: tensor.shape[0]] = tensor
+        else:
+            raise ConfigError(
+                f"{base.name} has {name} of shape {tuple(tensor.shape)}, the network of this run "
+                f"{'none' if target is None else tuple(target.shape)}",
+                expected="a [model] section with the sizes of the model to start from; a trunk may be added",
+                fix="copy its [model] section (scdiva inspect), or train from the corpus",
+            )

@@ -1,28 +1,70 @@
-"""``ScDiVa``: the network with its vocabulary, statistics and provenance; save and load."""
+"""``ScDiVa``: a network with its vocabulary, statistics, condition labels and provenance; save and load."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from scdiva.config import AnchorConfig
+from scdiva.config import ModelConfig, NativeConfig, OfficialConfig
+from scdiva.data.conditions import ConditionLabels
 from scdiva.data.statistics import CP10K, GeneStatistics
-from scdiva.errors import BundleError, ConfigError, GeneError
+from scdiva.diffusion import Masks
+from scdiva.errors import BundleError, ConfigError, GeneError, UnsupportedError
 from scdiva.genes import GeneVocabulary
 from scdiva.models import bundle
 from scdiva.models.card import model_card
-from scdiva.models.scdiva.network import AnchorNetwork
-from scdiva.models.scdiva.objectives import PackedCells
+from scdiva.models.scdiva.dense import DenseNetwork
+from scdiva.models.scdiva.inputs import MaskedCells, PackedCells
+from scdiva.models.scdiva.native import PER_GENE, NativeNetwork
+from scdiva.models.scdiva.objectives import tokeniser_of
+from scdiva.models.scdiva.official import OfficialNetwork
 from scdiva.types import CellCounts
 
 FAMILY = "scdiva"
+
+Network = NativeNetwork | OfficialNetwork | DenseNetwork
+
+
+def build_network(n_genes: int, config: ModelConfig, labels: ConditionLabels | None = None) -> Network:
+    """Build the network of a configuration, at its start.
+
+    Parameters
+    ----------
+    n_genes
+        Genes of the (sub-)vocabulary.
+    config
+        Native or official.
+    labels
+        Condition labels; native models only.
+
+    Raises
+    ------
+    ConfigError
+        Conditions for a network that takes none.
+    """
+    labels = labels or ConditionLabels.none()
+    if labels.n_fields and not (isinstance(config, NativeConfig) and config.trunk.n_layers):
+        raise ConfigError(
+            f"condition fields {', '.join(labels.fields)} for a model that takes none",
+            expected="a native model with a trunk (model.trunk.n_layers > 0)",
+            fix="add layers, or empty data.conditions",
+        )
+    # PyTorch's layers draw their first weights from the global generator, which is the caller's
+    with torch.random.fork_rng(devices=[]):
+        if isinstance(config, NativeConfig):
+            return NativeNetwork(n_genes, config, labels.sizes)
+        if isinstance(config, OfficialConfig):
+            return OfficialNetwork(n_genes, config)
+        return DenseNetwork(n_genes, config)
+
 
 # keys of config.json that are written anew by each save
 _OWN_KEYS = frozenset({"format", "family", "model", "n_parameters", "vocabulary_fingerprint"})
@@ -45,23 +87,23 @@ class ScDiVa:
         What goes into the bundle's ``config.json`` beside the sizes: ``name``, ``training``, ``metrics``,
         ``trained_heads``, ``license``.
     labels
-        Condition and class names.
+        Condition fields and their labels.
     bundle_hash
         sha256 of the bundle it was loaded from; empty for a model that was never saved.
     """
 
     def __init__(
         self,
-        network: AnchorNetwork,
-        config: AnchorConfig,
+        network: Network,
+        config: ModelConfig,
         vocabulary: GeneVocabulary,
         statistics: GeneStatistics,
         *,
         details: Mapping[str, Any] | None = None,
-        labels: Mapping[str, list[str]] | None = None,
+        labels: ConditionLabels | None = None,
         bundle_hash: str = "",
     ) -> None:
-        n_genes = network.gene_embedding.shape[0]
+        n_genes = network.n_genes
         if vocabulary.n_genes != n_genes or statistics.n_genes != n_genes:
             raise GeneError(
                 f"{n_genes} gene embeddings, {vocabulary.n_genes} vocabulary genes, {statistics.n_genes} statistics",
@@ -73,7 +115,7 @@ class ScDiVa:
         self.vocabulary = vocabulary
         self.statistics = statistics
         self.details = dict(details or {})
-        self.labels = dict(labels or {})
+        self.labels = labels or ConditionLabels.none()
         self.bundle_hash = bundle_hash
 
     @classmethod
@@ -100,17 +142,12 @@ class ScDiVa:
                 expected=repr(FAMILY),
                 fix="load it with the class of its family",
             )
-        try:
-            config = AnchorConfig.model_validate(content.config["model"])
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            raise BundleError(
-                f"{path}: model.{'.'.join(map(str, first['loc']))} in its config.json: {first['msg']}",
-                expected="the settings of this scdiva version",
-                fix="use the scdiva version that wrote it, or a newer one",
-            ) from error
-        network = AnchorNetwork(content.vocabulary.n_genes, config)
+        config = _config_of(content.config["model"], path)
+        labels = ConditionLabels.from_dict({key: list(names) for key, names in content.labels.items()})
+        network = build_network(content.vocabulary.n_genes, config, labels)
         bundle.load_strictly(network, bundle.read_weights(path), path)
+        if not isinstance(network, NativeNetwork):
+            network.mark_trained(content.config.get("trained_heads", ()))
         details = {key: content.config[key] for key in content.config if key not in _OWN_KEYS}
         model = cls(
             network,
@@ -118,7 +155,7 @@ class ScDiVa:
             content.vocabulary,
             content.statistics,
             details=details,
-            labels=content.labels,
+            labels=labels,
             bundle_hash=content.hash,
         )
         return model.to(device)
@@ -131,7 +168,7 @@ class ScDiVa:
         path
             The new folder.
         dtype
-            "float32", or "bfloat16" for half the size (7 bits of precision in the weights).
+            "float32", or "bfloat16" for half the size (7 bits of precision in the matrices; vectors stay float32).
         overwrite
             Replace an existing bundle.
 
@@ -141,7 +178,11 @@ class ScDiVa:
             The folder exists.
         """
         target = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-        weights = {name: tensor.detach().cpu().to(target) for name, tensor in self.network.state_dict().items()}
+        # vectors stay exact: they are small, and log-rates of -12 do not bear seven bits
+        weights = {
+            name: tensor.detach().cpu().to(target if tensor.ndim > 1 else torch.float32)
+            for name, tensor in self.network.state_dict().items()
+        }
         config = {"family": FAMILY, "model": self.config.model_dump(mode="json"), **self.details}
         config |= {"n_parameters": self.n_parameters}
         bundle.write_bundle(
@@ -150,9 +191,41 @@ class ScDiVa:
             weights=weights,
             vocabulary=self.vocabulary,
             statistics=self.statistics,
-            labels=self.labels,
-            card=model_card(config, self.vocabulary, self.n_parameters),
+            labels=self.labels.to_dict(),
+            card=model_card(
+                {**config, "conditions": self.labels.to_dict()}, self.vocabulary, self.n_parameters, self.n_latent
+            ),
             overwrite=overwrite,
+        )
+
+    def restricted(self, is_kept: NDArray[np.bool_]) -> ScDiVa:
+        """Return the model over some of its genes only: a smaller model that no longer knows the others.
+
+        Parameters
+        ----------
+        is_kept
+            ``(n_genes,)`` genes to keep.
+
+        Raises
+        ------
+        UnsupportedError
+            The model is not native.
+        """
+        self.native("restriction to some genes")
+        smaller = build_network(int(is_kept.sum()), self.config, self.labels)
+        kept = torch.from_numpy(np.flatnonzero(is_kept))
+        weights = {
+            name: tensor[kept] if name in PER_GENE else tensor for name, tensor in self.network.state_dict().items()
+        }
+        smaller.load_state_dict(weights, strict=True)
+        return ScDiVa(
+            smaller,
+            self.config,
+            self.vocabulary.subset(is_kept),
+            self.statistics.take(np.flatnonzero(is_kept)),
+            details=self.details,
+            labels=self.labels,
+            bundle_hash=self.bundle_hash,
         )
 
     def to(self, device: str) -> Self:
@@ -179,7 +252,7 @@ class ScDiVa:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.network.gene_embedding.device
+        return next(self.network.parameters()).device
 
     @property
     def name(self) -> str:
@@ -221,9 +294,67 @@ class ScDiVa:
             ``(n_cells, n_latent)`` float32. Each cell's row depends on that cell alone. A cell without a count in any
             gene of the vocabulary gets the model's point of no information (the same for all such cells).
         """
-        packed = PackedCells.pack(cells).to(self.device)
-        pooled = self.network.pool(packed.gene_N, packed.value_N, packed.offset_B)
-        return np.asarray(self.network.encode(pooled).float().cpu())
+        if isinstance(self.network, NativeNetwork):
+            packed = PackedCells.pack(cells).to(self.device)
+            z = self.network.anchor.encode(self.network.pooled(packed))
+        else:
+            z = self.network.embed(cells, self.statistics)
+        return np.asarray(z.float().cpu())
+
+    @torch.inference_mode()
+    def cell_state(self, cells: CellCounts) -> NDArray[np.float32]:
+        """Return what supervised heads read: LayerNorm([z; h_LAT]) of the unmasked cell.
+
+        Parameters
+        ----------
+        cells
+            Raw counts in the order of :attr:`vocabulary`.
+
+        Returns
+        -------
+        numpy.ndarray
+            ``(n_cells, n_latent + width)`` float32; ``(n_cells, n_latent)`` for a model without a trunk.
+
+        Raises
+        ------
+        UnsupportedError
+            The model is not native.
+        """
+        return np.asarray(self.native("cell states").cell_state(self.unmasked(cells)).float().cpu())
+
+    def unmasked(self, cells: CellCounts) -> MaskedCells:
+        """Return cells as a native network reads them when nothing is hidden, on the model's device."""
+        assert isinstance(self.config, NativeConfig)
+        if cells.condition.shape[1] == 0:  # read without labels: all are unknown
+            cells = replace(cells, condition=np.zeros((cells.n_cells, self.labels.n_fields), dtype=np.int32))
+        n_tokens = np.diff(cells.counts.indptr)
+        nothing = np.zeros(int(n_tokens.sum()), dtype=bool)
+        masks = Masks(nothing, nothing, np.zeros(n_tokens.size, dtype=np.int64))
+        # the generator is used by the random order of the ordering ablation only
+        return (
+            tokeniser_of(self.config, self.statistics)
+            .corrupt(cells, masks, np.random.default_rng(0))[0]
+            .to(self.device)
+        )
+
+    def native(self, task: str) -> NativeNetwork:
+        """Return the network if it is native.
+
+        Raises
+        ------
+        UnsupportedError
+            It is not; names the model and the task.
+        """
+        if not isinstance(self.network, NativeNetwork):
+            raise self._unsupported(task)
+        return self.network
+
+    def _unsupported(self, task: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"{self.name} is a model of architecture {self.config.architecture!r}, which does not do {task}",
+            expected="a native model",
+            fix="use a native model such as scdiva-blood-tiny",
+        )
 
     @torch.inference_mode()
     def expected_profile(self, z: NDArray[np.float32], genes: NDArray[np.integer]) -> NDArray[np.float32]:
@@ -241,9 +372,35 @@ class ScDiVa:
         numpy.ndarray
             ``(n_cells, len(genes))`` float32 expected CP10K: the share of the cell's molecules times 10,000, over all
             genes of the vocabulary.
+
+        Raises
+        ------
+        UnsupportedError
+            The model is not native.
         """
-        log_rate = self.network.log_rates(torch.from_numpy(np.asarray(z, dtype=np.float32)).to(self.device)).float()
+        anchor = self.native("profile decoding").anchor
+        log_rate = anchor.log_rates(torch.from_numpy(np.asarray(z, dtype=np.float32)).to(self.device)).float()
         log_share = log_rate[:, torch.from_numpy(np.asarray(genes, dtype=np.int64))] - torch.logsumexp(
             log_rate, dim=1, keepdim=True
         )
         return np.asarray((CP10K * log_share.exp()).cpu())
+
+
+def _config_of(values: Mapping[str, Any], path: Path) -> ModelConfig:
+    architecture = values.get("architecture", "native")
+    known = {get_args(kind.model_fields["architecture"].annotation)[0]: kind for kind in get_args(ModelConfig)}
+    if architecture not in known:
+        raise BundleError(
+            f"{path} holds a model of architecture {architecture!r}",
+            expected=f"one of {', '.join(known)}",
+            fix="use the scdiva version that wrote it, or a newer one",
+        )
+    try:
+        return known[architecture].model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise BundleError(
+            f"{path}: model.{'.'.join(map(str, first['loc']))} in its config.json: {first['msg']}",
+            expected="the settings of this scdiva version",
+            fix="use the scdiva version that wrote it, or a newer one",
+        ) from error

@@ -24,7 +24,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 from scdiva.nn import ResidualMLP
 
 if TYPE_CHECKING:
-    from scdiva.config import AnchorConfig
+    from scdiva.config import NativeConfig
 
 
 class AnchorNetwork(nn.Module):
@@ -45,7 +45,7 @@ class AnchorNetwork(nn.Module):
 
     pool_scale: torch.Tensor
 
-    def __init__(self, n_genes: int, config: AnchorConfig) -> None:
+    def __init__(self, n_genes: int, config: NativeConfig) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.n_latent = config.n_latent
@@ -110,7 +110,10 @@ class AnchorNetwork(nn.Module):
         """Map pooled cells ``(B, D)`` to the latent z ``(B, Z)``."""
         return self.encoder(pooled_BD) + self.encoder_mlp(pooled_BD)
 
+    def direction(self, z_BZ: torch.Tensor) -> torch.Tensor:
+        """Direction in gene-embedding space in which z moves the profile, ``(B, D)``."""
+        return self.decoder(z_BZ) + self.decoder_mlp(z_BZ)
+
     def log_rates(self, z_BZ: torch.Tensor) -> torch.Tensor:
         """Unnormalised log-rates of all genes, ``(B, G)``; softmax over genes gives the expected profile."""
-        direction_BD = self.decoder(z_BZ) + self.decoder_mlp(z_BZ)
-        return F.linear(direction_BD, self.gene_embedding) + self.log_profile
+        return F.linear(self.direction(z_BZ), self.gene_embedding) + self.log_profile
