@@ -57,6 +57,7 @@ NETWORK_COMMON = [
     "optim.schedule=constant",
     "optim.warmup_steps=50",
     "optim.ema_decay=0.99",
+    "objective.freeze_anchor=false",
 ]
 NETWORK = {
     "native: set layout, SVD start": [],

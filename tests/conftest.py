@@ -10,7 +10,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ import pytest
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from scdiva.config import TrunkConfig
     from scdiva.models.scdiva import ScDiVa
 
 N_CELLS, N_GENES = 120, 200
@@ -49,51 +50,70 @@ def h5ad(adata, tmp_path) -> Path:
     return folder / "cells.h5ad"
 
 
-@pytest.fixture(scope="session")
-def tiny_model(_cells) -> ScDiVa:
-    """A model of 8 dimensions: principal start, and a few steps so that no part of it is zero any more.
+def _trained(cells: AnnData, trunk: TrunkConfig, fields: Sequence[str], n_steps: int, lr: float) -> ScDiVa:
+    """A native model of 8 dimensions: principal start, and a few steps so that no part of it is zero any more.
 
     Its vocabulary lacks ten genes of the synthetic cells and has twenty that they lack.
     """
     import torch
 
-    from scdiva.config import AnchorConfig, AnchorObjectiveConfig
+    from scdiva.config import NativeConfig, NativeObjectiveConfig
+    from scdiva.data.conditions import ConditionLabels
     from scdiva.data.reader import open_counts
     from scdiva.data.statistics import GeneStatistics
     from scdiva.genes import GeneVocabulary
     from scdiva.models.scdiva import ScDiVa
-    from scdiva.models.scdiva.init import init_network
-    from scdiva.models.scdiva.network import AnchorNetwork
-    from scdiva.models.scdiva.objectives import SplitProfileObjective
+    from scdiva.models.scdiva.init import init_network, simple_model
+    from scdiva.models.scdiva.native import NativeNetwork
+    from scdiva.models.scdiva.objectives import NativeObjective
 
     vocabulary = GeneVocabulary.default().subset(np.arange(10, N_GENES + 20))
-    cells = open_counts(_cells, vocabulary).read(np.arange(N_CELLS))
-    statistics = GeneStatistics.from_cells(cells)
-    config = AnchorConfig(n_latent=8, n_embedding=8, n_hidden=16)
-    torch.manual_seed(0)
-    network = AnchorNetwork(vocabulary.n_genes, config)
-    init_network(network, statistics, [cells], 8, seed=0)
-    objective = SplitProfileObjective(network, AnchorObjectiveConfig())
-    optimiser = torch.optim.Adam(objective.parameters(), lr=0.01)
+    labels = ConditionLabels(tuple((field, tuple(cells.obs[field].cat.categories)) for field in fields))
+    counts = open_counts(cells, vocabulary).with_conditions(labels, {}).read(np.arange(N_CELLS))
+    statistics = GeneStatistics.from_cells(counts)
+    simple = simple_model(statistics, N_CELLS * counts.is_measured[0], np.asarray(counts.counts.sum(axis=1)).ravel())
+    config = NativeConfig(n_latent=8, n_embedding=8, n_hidden=16, trunk=trunk)
+    network = NativeNetwork(vocabulary.n_genes, config, labels.sizes)
+    init_network(network, statistics, simple, [counts], 8, seed=0)
+    objective = NativeObjective(network, NativeObjectiveConfig(), config, statistics, simple)
+    optimiser = torch.optim.Adam(objective.parameters(), lr=lr)
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    for _ in range(20):
+    for _ in range(n_steps):
         optimiser.zero_grad()
-        objective(objective.prepare(cells, rng), generator).loss.backward()
+        minibatch = counts.take(rng.choice(N_CELLS, 40, replace=False))
+        objective(objective.prepare(minibatch, rng), generator).loss.backward()
         optimiser.step()
     details = {
         "name": "tiny",
         "license": "cc0-1.0",
-        "trained_heads": ["anchor", "profile_decoder"],
+        "trained_heads": ["anchor", "profile_decoder", "identity", "value"],
         "training": {
-            "n_cells": N_CELLS, "n_heldout": 0, "heldout": "none", "n_cells_seen": 20 * N_CELLS, "n_steps": 20,
-            "best_step": 20, "seed": 0,
+            "n_cells": N_CELLS, "n_heldout": 0, "heldout": "none", "n_cells_seen": n_steps * 40,
+            "n_steps": n_steps, "best_step": n_steps, "seed": 0,
             "sources": [
                 {"name": "synthetic", "n_cells": N_CELLS, "n_genes": 190, "coverage": 0.95, "licence": "made up here"}
             ],
         },
         "metrics": {"heldout_profile_nll": 4.25, "heldout_profile_nll_floor": 4.5},
     }  # fmt: skip
-    return ScDiVa(network, config, vocabulary, statistics, details=details, labels={"cell_type": ["type 0", "type 1"]})
+    return ScDiVa(network, config, vocabulary, statistics, details=details, labels=labels)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(_cells) -> ScDiVa:
+    """A trained model without a trunk: anchor, profile decoder, and the simple model of identity and values."""
+    from scdiva.config import TrunkConfig
+
+    return _trained(_cells, TrunkConfig(), (), n_steps=20, lr=0.01)
+
+
+@pytest.fixture(scope="session")
+def tiny_trunk_model(_cells) -> ScDiVa:
+    """A trained model with a trunk of two layers that reads 64 tokens, conditioned on the cell type."""
+    from scdiva.config import TrunkConfig
+
+    trunk = TrunkConfig(n_layers=2, width=16, n_heads=2, n_hidden=32, max_tokens=64)
+    return _trained(_cells, trunk, ("cell_type",), n_steps=12, lr=0.03)
 
 
 @pytest.fixture(scope="session")

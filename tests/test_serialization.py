@@ -8,7 +8,7 @@ from hypothesis.extra.numpy import arrays
 
 import twins
 from scdiva.data.statistics import GeneStatistics
-from scdiva.serialization import TokenOrder, collate, serialize, to_counts
+from scdiva.serialization import TokenOrder, collate, log1p_cp10k, serialize, to_counts, token_ranks
 from scdiva.types import CellCounts
 
 COUNTS = arrays(np.int32, st.tuples(st.integers(1, 6), st.just(9)), elements=st.integers(0, 40) | st.just(0))
@@ -153,3 +153,43 @@ def test_query_cells_never_change_the_statistics(statistics):
     assert isinstance(cells, CellCounts)
     serialize(cells, statistics)
     np.testing.assert_array_equal(statistics.normalised_entropy, before)
+
+
+@settings(max_examples=25, deadline=None)
+@given(dense=COUNTS, outside=st.integers(0, 30), order=ORDERS)
+def test_ranks_are_the_places_of_the_tokens(dense, outside, order, statistics):
+    cells = twins.cell_counts(dense, dense.sum(axis=1) + outside)
+    ranks = token_ranks(cells, statistics, order=order)
+    tokens = serialize(cells, statistics, order=order)
+    assert ranks.shape == (cells.counts.nnz,)
+    cell = np.repeat(np.arange(len(dense)), (dense > 0).sum(axis=1))
+    # the token at its rank is the gene it belongs to
+    np.testing.assert_array_equal(tokens.gene_id_BL[cell, ranks] - 2, cells.counts.indices)
+
+
+def test_ranks_may_follow_other_values(statistics):
+    cells = twins.cell_counts(np.array([[5, 0, 7, 9], [0, 1, 0, 0], [0, 0, 0, 0]]).repeat(3, axis=1)[:, :9])
+    value = np.arange(cells.counts.nnz, dtype=np.float32)[::-1].copy()
+    ranks = token_ranks(cells, statistics, order="expression", value=value)
+    lengths = np.diff(cells.counts.indptr)
+    np.testing.assert_array_equal(ranks, np.concatenate([np.arange(n) for n in lengths]))
+    own = token_ranks(cells, statistics, order="expression", value=log1p_cp10k(cells))
+    np.testing.assert_array_equal(own, token_ranks(cells, statistics, order="expression"))
+    assert (own != ranks).any()
+
+
+def test_random_ranks_are_a_seeded_permutation_of_each_cell(statistics):
+    cells = twins.cell_counts(np.ones((50, 9)) * (np.arange(50)[:, None] % 10 > np.arange(9)))
+    ranks = token_ranks(cells, statistics, order="random", rng=np.random.default_rng(0))
+    for first, last in zip(cells.counts.indptr, cells.counts.indptr[1:], strict=False):
+        assert sorted(ranks[first:last]) == list(range(last - first))
+    again = token_ranks(cells, statistics, order="random", rng=np.random.default_rng(0))
+    np.testing.assert_array_equal(ranks, again)
+    assert (ranks != token_ranks(cells, statistics, order="random", rng=np.random.default_rng(1))).any()
+    with pytest.raises(ValueError, match="rng"):
+        token_ranks(cells, statistics, order="random")
+
+
+def test_no_cells_have_no_ranks(statistics):
+    assert token_ranks(twins.cell_counts(np.zeros((2, 9))), statistics).shape == (0,)
+    assert token_ranks(twins.cell_counts(np.zeros((0, 9))), statistics).shape == (0,)

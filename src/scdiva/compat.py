@@ -220,7 +220,7 @@ def _check_values(value_BV: NDArray[np.float32]) -> None:
             expected=f"{how}; expression cannot be negative",
             fix="give real cells (random numbers such as torch.randn are none), before scaling or centring",
         )
-    if value_BV.size and (largest > LARGEST_VALUE or bool((value_BV == np.rint(value_BV)).all())):
+    if largest > LARGEST_VALUE or (largest > 0 and bool((value_BV == np.rint(value_BV)).all())):
         what = f"values up to {largest:g}" if largest > LARGEST_VALUE else "whole numbers only"
         raise ScaleError(f"{what}, which look like raw counts", expected=how, fix="normalise and log-transform them")
     if largest > np.log1p(CP10K) + 1e-3:

@@ -160,7 +160,7 @@ class LoopConfig(Section):
     """What the training loop needs to know, whatever it trains."""
 
     seed: NaturalInt = 0
-    """Seed of everything random."""
+    """Seed of everything random in training; what initial weights do not start at the corpus is equal for all seeds."""
     data: DataConfig = DataConfig()
     """Section ``[data]``."""
     optim: OptimConfig = OptimConfig()
@@ -539,6 +539,8 @@ class NativeObjectiveConfig(Section):
     def _check(self) -> NativeObjectiveConfig:
         if self.rho_min > self.rho_max:
             raise ValueError(f"rho_min ({self.rho_min}) must not be above rho_max ({self.rho_max})")
+        if self.freeze_anchor and self.identity_weight == 0 and self.value_weight == 0:
+            raise ValueError("freeze_anchor with identity_weight = value_weight = 0 leaves nothing to train")
         if self.p_split + self.p_visible > 1 + 1e-9:
             raise ValueError("p_split and p_visible must not add up to more than 1")
         if self.p_joint + self.p_values + self.p_staged > 1 + 1e-9:

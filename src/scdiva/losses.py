@@ -81,6 +81,8 @@ def profile_nll(
 
 _NEWTON_STEPS = 30
 _LARGEST_SHIFT = 40.0
+# error of the sum that is let pass: a float32 shift of 10 has steps of 1e-6, so that much less is never reached
+_SHARE_OF_M = 8e-6
 
 
 def inclusion_shift(logit_BG: torch.Tensor, is_admissible_BG: torch.Tensor, n_hidden_B: torch.Tensor) -> torch.Tensor:
@@ -112,7 +114,7 @@ def inclusion_shift(logit_BG: torch.Tensor, is_admissible_BG: torch.Tensor, n_hi
         p_BG = torch.sigmoid(logit_BG + shift_B[:, None])
         total_B = p_BG.sum(dim=1)
         error_B = total_B - m_B
-        if bool((error_B.abs() <= 1e-6 * m_B.clamp_min(1.0)).all()):
+        if bool((error_B.abs() <= _SHARE_OF_M * m_B.clamp_min(1.0)).all()):
             break
         lower_B = torch.where(error_B < 0, shift_B, lower_B)
         upper_B = torch.where(error_B > 0, shift_B, upper_B)

@@ -116,17 +116,51 @@ class TestInspect:
     def test_text(self, cli, bundle):
         result = cli("inspect", bundle)
         assert result.code == 0
-        for words in ("tiny: every file verified", "gene_embedding", "made up here", "heldout_profile_nll", "210"):
+        for words in (
+            "tiny: every file verified",
+            "anchor.gene_embedding",
+            "made up here",
+            "heldout_profile_nll",
+            "210",
+        ):
             assert words in result.out
 
     def test_json(self, cli, bundle):
         facts = json.loads(cli("inspect", bundle, "--json").out)
         assert facts["n_genes"] == 210
-        assert facts["tensors"]["encoder.weight"] == ["float32", 8, 8]
-        # the scale of the pooled scores is stored, too, but it is no parameter
+        assert facts["tensors"]["anchor.encoder.weight"] == ["float32", 8, 8]
+        # statistics of the corpus are stored, too, but are no parameters: a scale, a mean depth, detection log-odds
         n_values = sum(int(np.prod(shape)) for _, *shape in facts["tensors"].values())
-        assert facts["n_parameters"] == n_values - 1
-        assert facts["trained_heads"] == ["anchor", "profile_decoder"]
+        assert facts["n_parameters"] == n_values - 1 - 1 - 210
+        assert facts["trained_heads"] == ["anchor", "profile_decoder", "identity", "value"]
+
+    def test_a_size_of_the_published_network(self, cli):
+        told = cli("inspect", "--preset", "official")
+        assert told.code == 0
+        assert "94,482,433 parameters over 41,813 genes" in told.out
+        facts = json.loads(cli("inspect", "--preset", "official", "--json").out)
+        assert facts["n_parameters"] == 94_482_433
+        assert facts["model"]["architecture"] == "official"
+
+    @pytest.mark.parametrize("preset", ["tiny", "small", "base"])
+    def test_a_native_size_is_that_of_a_network(self, preset, cli):
+        from scdiva.models.scdiva.model import build_network
+        from scdiva.models.scdiva.presets import PRESETS, n_parameters
+
+        facts = json.loads(cli("inspect", "--preset", preset, "--json").out)
+        assert facts["n_parameters"] == n_parameters(PRESETS[preset], 41_813)
+        assert facts["model"]["trunk"]["n_layers"] == {"tiny": 4, "small": 8, "base": 12}[preset]
+        network = build_network(50, PRESETS[preset])
+        assert n_parameters(PRESETS[preset], 50) == sum(p.numel() for p in network.parameters())
+
+    @pytest.mark.parametrize("arguments", [("--preset", "huge"), ("--preset", "official", "x"), ()])
+    def test_what_is_no_size_is_refused(self, arguments, cli):
+        result = cli("inspect", *arguments)
+        assert result.code == 2
+        assert result.err
+        if "huge" in arguments:
+            for name in ("scdiva-blood-tiny", "official", "tiny", "small", "base"):
+                assert name in result.err
 
 
 def test_version_and_help(cli):

@@ -8,6 +8,7 @@ import scipy.sparse as sp
 
 import scdiva as sd
 from conftest import files_under
+from scdiva.data.reader import open_counts
 from scdiva.errors import ConfigError, GeneError, KeyNotFoundError, OutputError, ScaleError, ScdivaError
 
 CLOSE = {"rtol": 0, "atol": 1e-5}  # float32 matrix products of other sizes may round otherwise
@@ -20,6 +21,17 @@ def reference(_cells, tiny_model) -> np.ndarray:
 
 def embedded(data: ad.AnnData, model, **options) -> np.ndarray:
     return sd.tl.embed(data, model, copy=True, **options).obsm["X_scdiva"]
+
+
+def test_a_trunk_and_labels_do_not_change_what_an_embedding_is(adata, tiny_trunk_model):
+    # z is the anchor's: neither the trunk's length limit nor a label has a say in it
+    z = embedded(adata, tiny_trunk_model)
+    cells = open_counts(adata, tiny_trunk_model.vocabulary).read(np.arange(120))
+    np.testing.assert_array_equal(z, tiny_trunk_model.embed(cells))
+    assert (np.diff(cells.counts.indptr) > tiny_trunk_model.config.trunk.max_tokens).any()
+    del adata.obs["cell_type"]
+    np.testing.assert_array_equal(embedded(adata, tiny_trunk_model), z)
+    assert z.std(axis=0).min() > 0.01
 
 
 class TestTheSameCellsGiveTheSameEmbedding:
@@ -316,19 +328,20 @@ class TestRefusals:
 @pytest.fixture(scope="module")
 def blood_start():
     """A model at its start, from the bundled blood cells: 16 principal components."""
-    from scdiva.config import AnchorConfig
+    from scdiva.config import NativeConfig
     from scdiva.data.reader import open_counts
     from scdiva.data.statistics import GeneStatistics
     from scdiva.genes import GeneVocabulary
-    from scdiva.models.scdiva.init import init_network
-    from scdiva.models.scdiva.network import AnchorNetwork
+    from scdiva.models.scdiva.init import init_network, simple_model
+    from scdiva.models.scdiva.native import NativeNetwork
 
     cells = open_counts(sd.datasets.pbmc3k()[:1000].copy(), GeneVocabulary.default()).read(np.arange(1000))
     vocabulary = GeneVocabulary.default()
     statistics = GeneStatistics.from_cells(cells)
-    config = AnchorConfig(n_latent=16, n_embedding=16, n_hidden=8)
-    network = AnchorNetwork(vocabulary.n_genes, config)
-    init_network(network, statistics, [cells], 16, seed=0)
+    simple = simple_model(statistics, 1000 * cells.is_measured[0], np.asarray(cells.counts.sum(axis=1)).ravel())
+    config = NativeConfig(n_latent=16, n_embedding=16, n_hidden=8)
+    network = NativeNetwork(vocabulary.n_genes, config)
+    init_network(network, statistics, simple, [cells], 16, seed=0)
     return sd.ScDiVa(network, config, vocabulary, statistics)
 
 

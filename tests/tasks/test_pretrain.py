@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import anndata as ad
@@ -12,11 +13,24 @@ import pytest
 import torch
 
 import scdiva as sd
+import twins
 from conftest import files_under
-from scdiva.config import LoopConfig, RunConfig, apply_overrides, load_config, parse_config
+from scdiva.config import (
+    LoopConfig,
+    NativeObjectiveConfig,
+    OfficialConfig,
+    RunConfig,
+    apply_overrides,
+    load_config,
+    parse_config,
+)
+from scdiva.data.conditions import ConditionLabels
 from scdiva.data.reader import open_counts
+from scdiva.data.statistics import GeneStatistics
 from scdiva.datasets import synthetic_cells
-from scdiva.errors import ScdivaError, TrainingError
+from scdiva.errors import ConfigError, ScdivaError, TrainingError
+from scdiva.models.scdiva.init import grow, simple_model
+from scdiva.models.scdiva.model import build_network
 from scdiva.tasks.pretrain import adapt, adaptation_config, pretrain
 
 TOML = """
@@ -43,6 +57,10 @@ path = "two.h5ad"
 n_latent = 6
 n_embedding = 6
 n_hidden = 8
+
+[objective]
+identity_weight = 0.0
+value_weight = 0.0
 
 [optim]
 lr = 5e-3
@@ -84,7 +102,7 @@ def run(config, tmp_path_factory):
 
 def log_without_times(path: Path) -> list[list[str]]:
     rows = [line.split(",") for line in path.read_text().splitlines()]
-    keep = [i for i, name in enumerate(rows[0]) if name != "cells_per_s"]
+    keep = [i for i, name in enumerate(rows[0]) if name not in ("cells_per_s", "tokens_per_s", "share_of_peak")]
     return [[row[i] for i in keep] for row in rows]
 
 
@@ -115,12 +133,13 @@ def test_the_command_trains_a_model_that_the_next_command_uses(corpus, run, cli,
     assert ad.read_h5ad(tmp_path / "z.h5ad").obsm["X_scdiva"].shape == (100, 6)
 
 
-def test_a_run_interrupted_and_resumed_equals_one_in_one_go(config, run, tmp_path):
-    # a longer horizon must not change what was computed before, so the same configuration is interrupted instead
-    import scdiva.tasks.pretrain as task
+class StoppedError(Exception):
+    """Stands for a power failure."""
 
-    class StoppedError(Exception):
-        pass
+
+def interrupt(config: RunConfig, out: Path, after: int) -> None:
+    """Start a run and stop it where a minibatch after the first ``after`` is prepared."""
+    import scdiva.tasks.pretrain as task
 
     original = task.fit
 
@@ -131,7 +150,7 @@ def test_a_run_interrupted_and_resumed_equals_one_in_one_go(config, run, tmp_pat
         def counting(cells, rng):
             nonlocal calls
             calls += 1
-            if calls > 9 + 3:  # some of these are held-out minibatches
+            if calls > after:
                 raise StoppedError
             return prepare(cells, rng)
 
@@ -141,9 +160,14 @@ def test_a_run_interrupted_and_resumed_equals_one_in_one_go(config, run, tmp_pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(task, "fit", interrupted)
         with pytest.raises((StoppedError, ScdivaError)):
-            pretrain(config, tmp_path / "run", progress=False)
-    assert list((tmp_path / "run" / "checkpoints").iterdir())
-    assert not (tmp_path / "run" / "bundle").exists()
+            pretrain(config, out, progress=False)
+    assert list((out / "checkpoints").iterdir())
+    assert not (out / "bundle").exists()
+
+
+def test_a_run_interrupted_and_resumed_equals_one_in_one_go(config, run, tmp_path):
+    # a longer horizon must not change what was computed before, so the same configuration is interrupted instead
+    interrupt(config, tmp_path / "run", after=9)
     resumed = pretrain(config, tmp_path / "run", progress=False)
     assert_equal_weights(resumed.path, run.path)
     assert log_without_times(resumed.fit.history) == log_without_times(run.fit.history)
@@ -226,7 +250,242 @@ def test_a_random_start_trains_too(config, tmp_path):
 
 def test_another_seed_gives_another_model(config, run, tmp_path):
     other = pretrain(apply_overrides(config, ["seed=4"]), tmp_path / "run", progress=False)
-    assert not torch.equal(weights(other.path)["encoder.weight"], weights(run.path)["encoder.weight"])
+    name = "anchor.encoder.weight"
+    assert not torch.equal(weights(other.path)[name], weights(run.path)[name])
+
+
+TRUNK = """
+name = "with-trunk"
+seed = 3
+start_from = "START"
+
+[data]
+root = "ROOT"
+conditions = ["cell_type", "lane"]
+heldout_fraction = 0.2
+
+[[data.files]]
+path = "one.h5ad"
+batch_key = "batch"
+exclude_batches = ["batch 2"]
+conditions = { lane = "batch" }
+
+[[data.files]]
+path = "two.h5ad"
+
+[model]
+n_latent = 6
+n_embedding = 6
+n_hidden = 8
+
+[model.trunk]
+n_layers = 1
+width = 12
+n_heads = 2
+n_hidden = 16
+max_tokens = 40
+
+[optim]
+lr = 1e-2
+warmup_steps = 2
+ema_decay = 0.5
+
+[training]
+max_steps = 6
+batch_size = 8
+accumulate = 2
+n_validation_cells = 24
+validate_every = 3
+checkpoint_every = 2
+log_every = 2
+device = "cpu"
+precision = "fp32"
+"""
+
+
+@pytest.fixture(scope="module")
+def trunk_config(corpus, run) -> RunConfig:
+    return parse_config(TRUNK.replace("ROOT", str(corpus)).replace("START", str(run.path)))
+
+
+@pytest.fixture(scope="module")
+def trunk_run(trunk_config, tmp_path_factory):
+    """A trunk on the finished run, with conditions, two minibatches per step."""
+    return pretrain(trunk_config, tmp_path_factory.mktemp("trunk") / "run", progress=False)
+
+
+class TestTrunk:
+    def test_the_bundle_holds_trunk_labels_and_origin(self, corpus, run, trunk_run):
+        model = sd.ScDiVa.from_pretrained(trunk_run.path, device="cpu")
+        base = sd.ScDiVa.from_pretrained(run.path, device="cpu")
+        assert model.name == "with-trunk"
+        assert model.config.trunk.n_layers == 1
+        types = ad.read_h5ad(corpus / "one.h5ad").obs["cell_type"].cat.categories
+        assert model.labels.to_dict() == {"cell_type": list(types), "lane": ["batch 0", "batch 1"]}
+        assert model.vocabulary == base.vocabulary
+        np.testing.assert_array_equal(model.statistics.entropy, base.statistics.entropy)
+        assert model.details["trained_heads"] == ["anchor", "profile_decoder", "identity", "value"]
+        training = model.details["training"]
+        assert (training["base_model"], training["base_model_hash"]) == ("made-here", base.bundle_hash)
+        assert training["n_cells_seen"] == 6 * 2 * 8
+        cells = open_counts(corpus / "two.h5ad", model.vocabulary).read(np.arange(7))
+        assert model.embed(cells).shape == (7, 6)
+        assert model.cell_state(cells).shape == (7, 18)
+
+    def test_it_starts_at_the_base_and_at_the_floors(self, run, trunk_run):
+        rows = [line.split(",") for line in trunk_run.fit.history.read_text().splitlines()]
+        first = dict(zip(rows[0], next(row for row in rows[1:] if "heldout" in row), strict=True))
+        assert first["step"] == "0"
+        # the base learned nothing of identity: there the start is the floor
+        for t in (0.1, 0.5, 0.9):
+            floor = float(first[f"identity_nll_t{t}_floor"])
+            assert float(first[f"identity_nll_t{t}"]) == pytest.approx(floor, abs=2e-5)
+        assert float(first["profile_nll"]) < float(first["profile_nll_floor"])
+        assert trunk_run.fit.best_value <= float(first["loss"]) + 1e-9
+        for name in ("identity_nll_t0.5", "value_nll_t0.9", "value_mae_t0.1"):
+            assert {f"heldout_{name}", f"heldout_{name}_floor"} <= set(trunk_run.metrics)
+
+    def test_interrupted_between_minibatches_of_a_step_and_resumed_it_is_the_same(
+        self, trunk_config, trunk_run, tmp_path
+    ):
+        interrupt(trunk_config, tmp_path / "run", after=9)
+        resumed = pretrain(trunk_config, tmp_path / "run", progress=False)
+        assert_equal_weights(resumed.path, trunk_run.path)
+        assert log_without_times(resumed.fit.history) == log_without_times(trunk_run.fit.history)
+        assert resumed.metrics == trunk_run.metrics
+
+    def test_the_command_tells_terms_beside_their_floors(self, corpus, run, trunk_run, cli, tmp_path):
+        (tmp_path / "run.toml").write_text(TRUNK.replace("ROOT", str(corpus)).replace("START", str(run.path)))
+        result = cli("pretrain", "--config", tmp_path / "run.toml", "--out", tmp_path / "run")
+        assert result.code == 0, result.err
+        assert_equal_weights(tmp_path / "run" / "bundle", trunk_run.path)
+        for name, value in trunk_run.metrics.items():
+            if not name.endswith("_floor"):
+                line = next(line for line in result.out.splitlines() if line.split()[:1] == [name])
+                assert f"{value:.4f}" in line
+                assert f"floor {trunk_run.metrics[name + '_floor']:.4f}" in line
+
+    def test_a_model_of_other_sizes_is_no_start(self, trunk_config, tmp_path):
+        with pytest.raises(ConfigError, match="made-here has null_latent") as caught:
+            pretrain(apply_overrides(trunk_config, ["model.n_latent=5"]), tmp_path / "run", progress=False)
+        assert "[model]" in str(caught.value)
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("heads", [4, 5])
+    def test_a_width_that_no_head_divides_is_refused_when_the_settings_are_read(self, heads, trunk_config):
+        with pytest.raises(ConfigError, match="multiple of twice n_heads"):
+            apply_overrides(trunk_config, [f"model.trunk.n_heads={heads}"])
+
+    def test_conditions_without_a_trunk_are_refused(self, config, tmp_path):
+        with pytest.raises(ConfigError, match="cell_type"):
+            pretrain(apply_overrides(config, ['data.conditions=["cell_type"]']), tmp_path / "run", progress=False)
+        assert not (tmp_path / "run").exists()
+
+    def test_finetuning_adds_labels_to_those_of_the_model(self, corpus, trunk_run, cli, adata, tmp_path):
+        adata.obs["cell_type"] = adata.obs["cell_type"].cat.rename_categories({"type 1": "a new type"})
+        adata.write_h5ad(tmp_path / "mine.h5ad")
+        before = files_under(trunk_run.path)
+        options = [
+            part
+            for text in [*FAST, "training.batch_size=16", "training.n_validation_cells=16"]
+            for part in ("--set", text)
+        ]
+        result = cli(
+            "finetune", tmp_path / "mine.h5ad", "--out", tmp_path / "run", "--model", trunk_run.path,
+            "--condition", "cell_type", *options,
+        )  # fmt: skip
+        assert result.code == 0, result.err
+        assert files_under(trunk_run.path) == before
+        base, adapted = (
+            sd.ScDiVa.from_pretrained(path, device="cpu") for path in (trunk_run.path, tmp_path / "run" / "bundle")
+        )
+        assert adapted.labels.fields == ("cell_type", "lane")
+        assert adapted.labels.labels("cell_type") == (*base.labels.labels("cell_type"), "a new type")
+        assert adapted.labels.labels("lane") == base.labels.labels("lane")
+        assert "cell_type" in adapted.details["description"]
+        assert "heldout_identity_nll_t0.5" in adapted.details["metrics"]
+
+    def test_conditions_for_a_model_without_a_trunk_are_one_clear_error(self, bundle, h5ad, cli, tmp_path):
+        arguments = ("finetune", h5ad, "--out", tmp_path / "run", "--model", bundle, "--condition", "cell_type")
+        result = cli(*arguments)
+        assert result.code == 2
+        assert "cell_type" in result.err
+        assert len(result.err.splitlines()) == 1
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [
+        ("[model.trunk]\nlayout = 'sequence'", "sequence"),
+        ("[model.trunk]\nvalue_likelihood = 'mse'\n[objective]\nvalue_weight = 10.0", "mse"),
+        ("[model.trunk]\norder = 'random'\ndropout = 0.2", "random"),
+        ("[model]\narchitecture = 'official'", "official"),
+    ],
+)
+def test_every_variant_trains_and_loads(section, name, corpus, tmp_path):
+    head = TRUNK[: TRUNK.index("[model]")].replace("ROOT", str(corpus)).replace('start_from = "START"\n', "")
+    head = head.replace('conditions = ["cell_type", "lane"]\n', "").replace('conditions = { lane = "batch" }\n', "")
+    sizes = "n_layers = 1\nwidth = 12\nn_heads = 2\nn_hidden = 16\nmax_tokens = 30\n"
+    model = section.replace("]\n", f"]\n{sizes}", 1) + "\n"
+    training = (
+        TRUNK[TRUNK.index("[optim]") :]
+        .replace("max_steps = 6", "max_steps = 2")
+        .replace("validate_every = 3", "validate_every = 2")
+    )
+    settings = parse_config(head + model + training)
+    trained = pretrain(settings, tmp_path / "run", progress=False)
+    assert trained.metrics
+    assert np.isfinite(list(trained.metrics.values())).all()
+    model = sd.ScDiVa.from_pretrained(trained.path, device="cpu")
+    assert model.config == settings.model
+    cells = open_counts(corpus / "two.h5ad", model.vocabulary).read(np.arange(20))
+    z = model.embed(cells)
+    assert np.isfinite(z).all()
+    assert z.std(axis=0).max() > 0
+    assert model.details["trained_heads"] == (
+        ["gene", "value"] if name == "official" else ["anchor", "profile_decoder", "identity", "value"]
+    )
+
+
+class TestBundledData:
+    CONFIG = """
+    [data]
+    heldout_fraction = 0.01
+    min_cells_per_gene = 200
+    conditions = ["cell_type"]
+    [[data.files]]
+    path = "bundled:NAME"
+    [model]
+    n_latent = 4
+    n_embedding = 4
+    n_hidden = 8
+    [model.trunk]
+    n_layers = 1
+    width = 8
+    n_heads = 2
+    n_hidden = 8
+    max_tokens = 20
+    [training]
+    max_steps = 2
+    batch_size = 8
+    validate_every = 2
+    n_validation_cells = 8
+    device = "cpu"
+    """
+
+    def test_a_name_stands_for_the_path(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)  # a relative root must not matter
+        trained = pretrain(parse_config(self.CONFIG.replace("NAME", "pbmc3k")), tmp_path / "run", progress=False)
+        training = trained.model.details["training"]
+        assert training["n_cells"] + training["n_heldout"] == sd.datasets.pbmc3k().n_obs
+        assert training["sources"][0]["name"] == "pbmc3k"
+        assert "CD4 T" in " ".join(trained.model.labels.labels("cell_type"))
+
+    def test_an_unknown_name_is_refused(self, tmp_path):
+        with pytest.raises(ScdivaError, match="pbmc3k"):
+            pretrain(parse_config(self.CONFIG.replace("NAME", "brain")), tmp_path / "run", progress=False)
+        assert not (tmp_path / "run").exists()
 
 
 FAST = ["training.max_steps=6", "training.validate_every=3", "optim.warmup_steps=1", "training.precision=fp32"]
@@ -325,3 +584,114 @@ def test_a_folder_that_adapted_to_other_cells_is_refused(tiny_model, adata, tmp_
     other.X = other.X[::-1] * 2
     with pytest.raises(TrainingError, match="content of the files"):
         adapt(other, tiny_model, tmp_path / "run", config=config, progress=False)
+
+
+class TestWhatTheModelKnowsIsKept:
+    """Adapting a model must not take away what the new cells say nothing about."""
+
+    LOOP = LoopConfig.model_validate(
+        {
+            "data": {"heldout_fraction": 0.2},
+            "optim": {"lr": 1e-2, "warmup_steps": 1, "ema_decay": 0.5},
+            "training": {"max_steps": 3, "batch_size": 16, "validate_every": 1, "device": "cpu", "precision": "fp32"},
+        }
+    )
+
+    @pytest.fixture
+    def few_genes(self, adata):
+        return adata[:, :90].copy()
+
+    def test_genes_that_the_cells_do_not_measure_keep_their_expression(self, few_genes, tiny_model, tmp_path):
+        adapted = adapt(few_genes, tiny_model, tmp_path / "run", config=self.LOOP, progress=False).model
+        reader = open_counts(few_genes, tiny_model.vocabulary, min_coverage=0.1)
+        unmeasured = np.flatnonzero(~reader.alignment.is_measured)
+        z = np.zeros((1, tiny_model.n_latent), dtype=np.float32)
+        before, after = (model.expected_profile(z, unmeasured).sum() for model in (tiny_model, adapted))
+        assert before > 1000
+        assert after == pytest.approx(before, rel=0.2)
+
+    def test_only_what_was_trained_counts_as_trained(self, adata, tiny_trunk_model, tmp_path):
+        adapted = adapt(adata, tiny_trunk_model, tmp_path / "run", config=self.LOOP, progress=False).model
+        assert adapted.details["trained_heads"] == ["anchor", "profile_decoder"]
+
+    def test_a_frozen_anchor_keeps_every_embedding(self, adata, tiny_trunk_model, tmp_path):
+        settings = NativeObjectiveConfig(freeze_anchor=True)
+        adapted = adapt(
+            adata, tiny_trunk_model, tmp_path / "run", config=self.LOOP, objective=settings,
+            conditions=["cell_type", "batch"], progress=False,
+        ).model  # fmt: skip
+        cells = open_counts(adata, tiny_trunk_model.vocabulary).read(np.arange(20))
+        np.testing.assert_array_equal(adapted.embed(cells), tiny_trunk_model.embed(cells))
+        before = tiny_trunk_model.network.state_dict()
+        after = adapted.network.state_dict()
+        moved = {
+            name for name in before if before[name].shape == after[name].shape and not before[name].equal(after[name])
+        }
+        assert "trunk.query_direction.weight" in moved
+        assert not {name for name in moved if name.startswith("anchor.")}
+
+    def test_a_frozen_anchor_and_nothing_else_to_train_is_refused(self):
+        with pytest.raises(ValueError, match="nothing to train"):
+            NativeObjectiveConfig(freeze_anchor=True, identity_weight=0.0, value_weight=0.0)
+
+    def test_a_new_label_starts_as_an_unknown_one(self, adata, tiny_trunk_model):
+        base = tiny_trunk_model
+        labels = base.labels.merged(ConditionLabels((("cell_type", ("a new type",)),)))
+        network = build_network(base.vocabulary.n_genes, base.config, labels).eval()
+        grow(network, base, labels)
+        cells = open_counts(adata, base.vocabulary).read(np.arange(10))
+        new, unknown = (
+            replace(cells, condition=np.full((10, 1), code, dtype=np.int32)) for code in (labels.sizes[0], 0)
+        )
+        with torch.inference_mode():
+            found = [network(base.unmasked(c)).gene_logit_BG for c in (new, unknown)]
+        assert torch.equal(*found)
+
+    def test_a_restricted_model_says_the_same_of_the_genes_it_keeps(self, adata, tiny_trunk_model):
+        is_kept = np.arange(tiny_trunk_model.vocabulary.n_genes) % 3 > 0
+        smaller = tiny_trunk_model.restricted(is_kept)
+        assert smaller.vocabulary.n_genes == is_kept.sum()
+        assert smaller.provenance["model_hash"] == "not saved"
+        z = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+        whole = tiny_trunk_model.expected_profile(z, np.flatnonzero(is_kept))
+        part = smaller.expected_profile(z, np.arange(is_kept.sum()))
+        np.testing.assert_allclose(part, 1e4 * whole / whole.sum(axis=1, keepdims=True), rtol=1e-4)
+
+    def test_the_command_sets_the_loss_and_refuses_what_it_would_ignore(self, adata, tiny_trunk_model, cli, tmp_path):
+        adata.write_h5ad(tmp_path / "mine.h5ad")
+        tiny_trunk_model.save_pretrained(tmp_path / "base")
+        start = ("finetune", tmp_path / "mine.h5ad", "--model", tmp_path / "base", "--condition", "batch")
+        refused = cli(*start, "--out", tmp_path / "no", "--set", 'data.conditions=["batch"]')
+        assert refused.code == 2
+        assert "--condition" in refused.err
+        fast = [part for text in (*FAST, "objective.freeze_anchor=true") for part in ("--set", text)]
+        done = cli(*start, "--out", tmp_path / "run", *fast, "--name", "named", "--only-measured-genes")
+        assert done.code == 0, done.err
+        model = sd.ScDiVa.from_pretrained(tmp_path / "run" / "bundle", device="cpu")
+        assert model.name == "named"
+        assert model.labels.fields == ("cell_type", "batch")
+        assert model.vocabulary.n_genes < tiny_trunk_model.vocabulary.n_genes
+
+
+def test_a_gene_that_few_files_measure_is_as_frequent_as_where_it_is_measured():
+    counts = np.random.default_rng(0).poisson(2.0, size=(400, 60))
+    counts[40:, 3] = 0  # one file in ten has the gene
+    cells = twins.cell_counts(counts)
+    n_measured = np.where(np.arange(60) == 3, 40, 400)
+    simple = simple_model(GeneStatistics.from_cells(cells), n_measured, counts.sum(axis=1))
+    share = simple.log_profile_G.exp().numpy()
+    assert share[3] == pytest.approx(1 / 60, rel=0.2)
+
+
+def test_settings_of_the_loss_are_refused_for_the_official_model(config, tmp_path):
+    official = OfficialConfig(architecture="official", n_layers=1, width=8, n_heads=2, n_hidden=8, max_tokens=16)
+    with pytest.raises(ConfigError, match="official"):
+        pretrain(config.model_copy(update={"model": official}), tmp_path / "run", progress=False)
+
+
+def test_held_out_cells_that_the_first_stage_may_have_seen_are_told(trunk_config, tmp_path, caplog):
+    other = apply_overrides(trunk_config, ["data.heldout_fraction=0.45", "training.max_steps=1"])
+    with caplog.at_level(logging.WARNING):
+        trained = pretrain(other, tmp_path / "run", progress=False)
+    assert trained.model.details["training"]["heldout_may_be_known"]
+    assert "may be of cells it was trained on" in caplog.text

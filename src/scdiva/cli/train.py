@@ -59,18 +59,28 @@ def finetune(
     Without --condition nothing is learned from labels, and anchor and profile decoder are trained. With it the whole
     network is, and the labels of the columns become conditions of the new model.
     """
-    from scdiva.config import apply_overrides
+    from scdiva.config import NativeObjectiveConfig, apply_overrides
     from scdiva.data.source import open_source
+    from scdiva.errors import ConfigError
     from scdiva.models.scdiva import ScDiVa
-    from scdiva.tasks.pretrain import adapt, adaptation_config, conditioning_config
+    from scdiva.tasks.pretrain import ADAPTATION_OBJECTIVE, adapt, adaptation_config, conditioning_config
 
     usual = conditioning_config(seed=seed) if condition else adaptation_config(open_source(file).n_cells, seed=seed)
+    loss = NativeObjectiveConfig() if condition else ADAPTATION_OBJECTIVE
+    of_loss = [entry.removeprefix("objective.") for entry in overrides or [] if entry.startswith("objective.")]
+    of_loop = [entry for entry in overrides or [] if not entry.startswith("objective.")]
+    for entry in of_loop:
+        if entry.startswith(("data.files", "data.conditions", "data.root")):
+            raise ConfigError(
+                f"--set {entry}", expected="settings of the loop or of objective", fix="use FILE and --condition"
+            )
     _tell(
         adapt(
             file,
             ScDiVa.from_pretrained(model, device="cpu"),
             out,
-            config=apply_overrides(usual, overrides or []),
+            config=apply_overrides(usual, of_loop),
+            objective=apply_overrides(loss, of_loss),
             conditions=condition or (),
             only_measured_genes=only_measured_genes,
             name=name,

@@ -30,6 +30,7 @@ from scdiva.models.scdiva.native import NativeNetwork, SimpleModel
 from scdiva.models.scdiva.objectives import NativeObjective
 from scdiva.models.scdiva.official import OfficialNetwork
 from scdiva.models.scdiva.official_objective import OfficialObjective
+from scdiva.serialization import log1p_cp10k
 from scdiva.training import FitResult, fit
 from scdiva.types import CellCollection, CellCounts, Objective
 
@@ -97,6 +98,12 @@ def pretrain(config: RunConfig, out_dir: str | Path, *, progress: bool = True) -
         See :func:`scdiva.training.fit`.
     """
     out = Path(out_dir)
+    if isinstance(config.model, OfficialConfig) and config.objective != NativeObjectiveConfig():
+        raise ConfigError(
+            "settings in [objective] for the official model",
+            expected="none: its loss is the published one",
+            fix='remove [objective], or set model.architecture = "native"',
+        )
     if not config.data.files:
         raise ConfigError(
             "data.files is empty", expected="the files of the corpus", fix="name them in the configuration"
@@ -137,7 +144,9 @@ def pretrain(config: RunConfig, out_dir: str | Path, *, progress: bool = True) -
         "description": config.description,
         "license": config.licence,
         "trained_heads": _trained_heads(config),
-        "training": record if base is None else {**record, **_origin(base)},
+        "training": record
+        if base is None
+        else {**record, **_origin(base), "heldout_may_be_known": _warn_of_seen_cells(base, record)},
         "metrics": metrics,
     }
     return _saved(ScDiVa(network, config.model, vocabulary, statistics, details=details, labels=labels), out, fitted)
@@ -200,9 +209,14 @@ def adapt(
     """
     out = Path(out_dir)
     config_of_model = model.config
-    if not isinstance(config_of_model, NativeConfig):
-        model.native("adaptation")
+    model.native("adaptation")
     assert isinstance(config_of_model, NativeConfig)
+    if conditions and not config_of_model.trunk.n_layers:
+        raise ConfigError(
+            f"{model.name} has no trunk, and takes no conditions such as {conditions[0]}",
+            expected="a model with a trunk (scdiva inspect: model, trunk, n_layers)",
+            fix="name another model, or leave the conditions out",
+        )
     reader = open_counts(open_source(data), model.vocabulary, layer=layer, min_coverage=min_coverage)
     if only_measured_genes:
         model = model.restricted(reader.alignment.is_measured)
@@ -217,8 +231,8 @@ def adapt(
     assert isinstance(network, NativeNetwork)
     grow(network, model, labels)
     own, simple = _statistics(corpus, cells, train)
-    with torch.no_grad():
-        network.anchor.log_profile.copy_(torch.from_numpy(own.log_mean_profile()))
+    if not settings.freeze_anchor:
+        _start_profile(network, simple, reader.alignment.is_measured)
     identity = {
         "content_of_the_files": _content_hash(corpus, own),
         "model_to_start_from": _weights_hash(model),
@@ -233,6 +247,8 @@ def adapt(
         **model.details,
         "name": name or f"{model.name}-adapted",
         "description": f"{model.name}, adapted to {reader.source.name} {what}.",
+        # what the new weights were not trained with does not count as trained any more: it read the old ones
+        "trained_heads": _heads(settings),
         "training": {**record, **_origin(model)},
         "metrics": metrics,
     }
@@ -270,7 +286,7 @@ def conditioning_config(*, seed: int = 0) -> LoopConfig:
             "data": {"heldout_fraction": 0.1},
             "optim": {"lr": 5e-4, "warmup_steps": 50, "ema_decay": 0.99},
             "training": {
-                "max_steps": 600,
+                "max_steps": 300,
                 "batch_size": 64,
                 "validate_every": 50,
                 "patience": 4,
@@ -371,17 +387,21 @@ def _statistics(
 ) -> tuple[GeneStatistics, SimpleModel]:
     """Count the training cells, in one pass."""
     depths: list[NDArray[np.int64]] = []
+    sum_value = np.zeros(corpus.vocabulary.n_genes)
 
     def counted() -> Iterator[CellCounts]:
         for block in ordered_blocks(cells, _BLOCK, indices=train):
             depths.append(np.asarray(block.counts.sum(axis=1)).ravel())
+            sum_value[:] += np.bincount(block.counts.indices, weights=log1p_cp10k(block), minlength=sum_value.size)
             yield block
 
     statistics = GeneStatistics.from_blocks(counted())
     ends = np.cumsum(corpus.sizes)
     n_cells = np.bincount(np.searchsorted(ends, train, side="right"), minlength=ends.size)
     is_measured = np.stack([reader.alignment.is_measured for reader in corpus.readers])
-    return statistics, simple_model(statistics, n_cells @ is_measured.astype(np.int64), np.concatenate(depths))
+    mean_value = sum_value / np.maximum(statistics.n_detected, 1)
+    n_measured = n_cells @ is_measured.astype(np.int64)
+    return statistics, simple_model(statistics, n_measured, np.concatenate(depths), mean_value)
 
 
 def _svd_blocks(cells: CellCollection, train: NDArray[np.int64], seed: int) -> Iterator[CellCounts]:
@@ -401,11 +421,41 @@ def _objective(network: Network, config: RunConfig, statistics: GeneStatistics, 
 def _trained_heads(config: RunConfig) -> list[str]:
     if isinstance(config.model, OfficialConfig):
         return ["gene", "value"]
+    return _heads(config.objective)
+
+
+def _heads(objective: NativeObjectiveConfig) -> list[str]:
     heads = ["anchor", "profile_decoder"]
-    for head, weight in (("identity", config.objective.identity_weight), ("value", config.objective.value_weight)):
+    for head, weight in (("identity", objective.identity_weight), ("value", objective.value_weight)):
         if weight > 0:
             heads.append(head)
     return heads
+
+
+@torch.no_grad()
+def _start_profile(network: NativeNetwork, simple: SimpleModel, is_measured: NDArray[np.bool_]) -> None:
+    """Start the mean profile at that of the new cells; genes that they do not measure keep their rates.
+
+    The measured genes together keep their share: what a file does not measure is unknown, not absent.
+    """
+    measured = torch.from_numpy(np.flatnonzero(is_measured))
+    log_profile = network.anchor.log_profile
+    new = simple.log_profile_G[measured]
+    log_profile[measured] = new - new.logsumexp(0) + log_profile[measured].logsumexp(0)
+
+
+def _warn_of_seen_cells(base: ScDiVa, record: Mapping[str, Any]) -> bool:
+    """Tell, and warn, if the model to start from may have been trained on cells that this run holds out."""
+    before = base.details.get("training", {}).get("heldout")
+    may_be = before != record["heldout"]
+    if may_be:
+        log.warning(
+            "%s held out other cells (%s) than this run (%s): the held-out figures may be of cells it was trained on",
+            base.name,
+            before,
+            record["heldout"],
+        )
+    return may_be
 
 
 def _origin(base: ScDiVa) -> dict[str, str]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from sklearn.utils.extmath import randomized_svd
 
 from scdiva.data.conditions import ConditionLabels
-from scdiva.data.statistics import GeneStatistics
+from scdiva.data.statistics import CP10K, GeneStatistics
 from scdiva.errors import ConfigError
 from scdiva.models.scdiva.native import NativeNetwork, SimpleModel
 from scdiva.serialization import log1p_cp10k
@@ -74,7 +74,10 @@ _N_DEPTHS = 16
 
 
 def simple_model(
-    statistics: GeneStatistics, n_measured_G: NDArray[np.integer], depths: NDArray[np.floating]
+    statistics: GeneStatistics,
+    n_measured_G: NDArray[np.integer],
+    depths: NDArray[np.floating],
+    mean_value_G: NDArray[np.floating] | None = None,
 ) -> SimpleModel:
     """Return what the corpus's statistics say of each gene without looking at a cell.
 
@@ -88,18 +91,24 @@ def simple_model(
     depths
         UMIs of each training cell in genes of the vocabulary. Sixteen quantiles stand for them: with the mean depth,
         a few deeply read cells would set the dispersion of all genes.
+    mean_value_G
+        ``(n_genes,)`` mean log1p(CP10K) of each gene over the cells in which it is detected. None: log1p of the mean,
+        a little more, which makes the floor of the error a little easier to beat.
     """
     n_measured = np.maximum(n_measured_G, 1).astype(float)
     # half a cell more on either side keeps log-odds finite
     detection = (statistics.n_detected + 0.5) / (n_measured + 1.0)
-    log_profile = statistics.log_mean_profile()
-    rate = np.exp(log_profile) * max(statistics.n_cells, 1) / n_measured
+    # a gene's mean over the cells that could show it, with the pseudo-count of half a molecule in all of them together
+    mean_depth = statistics.sum_counts.sum() / max(statistics.n_cells, 1)
+    rate = (statistics.sum_cp10k + CP10K * 0.5 / max(mean_depth, 1.0)) / n_measured / CP10K
+    profile = rate / rate.sum()
     quantiles = np.quantile(depths, (np.arange(_N_DEPTHS) + 0.5) / _N_DEPTHS)
-    mean_value = np.log1p(statistics.sum_cp10k / np.maximum(statistics.n_detected, 1))
     is_seen = statistics.n_detected > 0
-    mean_value = np.where(is_seen, mean_value, mean_value[is_seen].mean() if is_seen.any() else 0.0)
+    if mean_value_G is None:
+        mean_value_G = np.log1p(statistics.sum_cp10k / np.maximum(statistics.n_detected, 1))
+    mean_value = np.where(is_seen, mean_value_G, mean_value_G[is_seen].mean() if is_seen.any() else 0.0)
     return SimpleModel(
-        log_profile_G=torch.from_numpy(log_profile).float(),
+        log_profile_G=torch.from_numpy(np.log(profile)).float(),
         detection_logit_G=torch.from_numpy(np.log(detection) - np.log1p(-detection)).float(),
         log_theta_G=torch.from_numpy(_log_theta(rate, quantiles, detection)).float(),
         mean_log_depth=float(np.log1p(depths).mean()),
@@ -138,13 +147,12 @@ def init_network(
     ``blocks`` are the cells whose principal components the gene embeddings start at; None: at noise.
     """
     network.init_simple_model(simple)
-    log_profile = torch.from_numpy(statistics.log_mean_profile()).float()
     if blocks is None:
         with torch.no_grad():
-            network.anchor.log_profile.copy_(log_profile)
+            network.anchor.log_profile.copy_(simple.log_profile_G)
         return
     components, pool_scale = corpus_components(blocks, n_components, seed)
-    network.anchor.init_from_corpus(torch.from_numpy(components), log_profile, pool_scale)
+    network.anchor.init_from_corpus(torch.from_numpy(components), simple.log_profile_G, pool_scale)
 
 
 @torch.no_grad()
@@ -176,6 +184,7 @@ def grow(network: torch.nn.Module, base: ScDiVa, labels: ConditionLabels) -> Non
             target.copy_(tensor)
         elif target is not None and name in label_embeddings and target.shape[1:] == tensor.shape[1:]:
             target[: tensor.shape[0]] = tensor
+            target[tensor.shape[0] :] = tensor[0]  # a new label starts as an unknown one
         else:
             raise ConfigError(
                 f"{base.name} has {name} of shape {tuple(tensor.shape)}, the network of this run "

@@ -177,7 +177,10 @@ class ScDiVa:
         OutputError
             The folder exists.
         """
-        target = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+        types = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        if dtype not in types:
+            raise ConfigError(f"dtype {dtype!r}", expected=" or ".join(types), fix="name one of these")
+        target = types[dtype]
         # vectors stay exact: they are small, and log-rates of -12 do not bear seven bits
         weights = {
             name: tensor.detach().cpu().to(target if tensor.ndim > 1 else torch.float32)
@@ -218,15 +221,16 @@ class ScDiVa:
             name: tensor[kept] if name in PER_GENE else tensor for name, tensor in self.network.state_dict().items()
         }
         smaller.load_state_dict(weights, strict=True)
+        # neither its figures nor its hash are those of the whole model
+        details = {key: value for key, value in self.details.items() if key != "metrics"}
         return ScDiVa(
             smaller,
             self.config,
             self.vocabulary.subset(is_kept),
             self.statistics.take(np.flatnonzero(is_kept)),
-            details=self.details,
+            details=details,
             labels=self.labels,
-            bundle_hash=self.bundle_hash,
-        )
+        ).to(str(self.device))
 
     def to(self, device: str) -> Self:
         """Move the weights; ``"auto"`` takes a GPU if there is one."""

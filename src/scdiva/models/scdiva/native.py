@@ -11,7 +11,8 @@ start, on something that already works:
 Cells are sets. The trunk reads [LAT], condition tokens, the visible gene tokens and one [QUERY]: all hidden genes of a
 set have the same predictive distribution, so one row serves them all, attention runs over visible tokens only, and no
 vocabulary-sized row exists per token. The sequence layout (hidden tokens in their places, with RoPE) remains for the
-ordering ablation. Nothing that is hidden reaches the network: only how many genes are. (Our decisions; methods A.5,
+ordering ablation; a place tells something about the gene and the value in it. In the set layout nothing that is hidden
+reaches the network but totals: how many genes are hidden, and how many UMIs the cell has. (Our decisions; methods A.5,
 A.10, B.5, B.6.)
 
 Shape letters: B cells, N visible gene tokens, S hidden slots of the sequence layout, T all tokens, G genes, E gene
@@ -102,7 +103,7 @@ class SimpleModel:
     Parameters
     ----------
     log_profile_G
-        Log of the corpus's mean profile.
+        Log of the corpus's mean profile: of each gene over the cells whose file measures it.
     detection_logit_G
         Log-odds of detection, over the cells whose file measures the gene.
     log_theta_G
@@ -110,7 +111,7 @@ class SimpleModel:
     mean_log_depth
         Mean over cells of log(1 + UMIs).
     mean_value_G
-        log1p of the mean CP10K of the cells in which the gene is detected.
+        Mean log1p(CP10K) over the cells in which the gene is detected.
     """
 
     log_profile_G: torch.Tensor

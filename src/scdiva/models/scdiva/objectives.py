@@ -86,10 +86,11 @@ class HeldoutCells(OnDevice):
 class NativeObjective(nn.Module):
     """The loss of the native model: identity, value and profile, in nats.
 
-    *No leak.* What is scored never reaches the network. A cell is treated in one of three ways: z comes from view A ~
-    Binomial(x, rho) and view B = x - A is denoised (``p_split``; the views are independent given the cell's rates, so
-    z must carry the cell's state and cannot carry the answer; the spread of rho is the depth augmentation); or z pools
-    the visible tokens of the whole cell (``p_visible``); or z is the learned null.
+    *No leak* (set layout). Of what is scored only totals reach the network: how many genes are hidden, and the depth. A
+    cell is treated in one of three ways: z comes from view A ~ Binomial(x, rho) and view B = x - A is denoised
+    (``p_split``; the views are independent given the cell's rates, so z must carry the cell's state and cannot carry
+    the answer; the spread of rho is the depth augmentation); or z pools the visible tokens of the whole cell
+    (``p_visible``); or z is the learned null.
 
     *Weights.* Means over the hidden tokens of each cell, then over cells: the ELBO's weight 1/t up to a constant
     (methods A.6, B.1). Times are stratified over the minibatch. (All our decisions.)
@@ -170,12 +171,12 @@ class NativeObjective(nn.Module):
 
     def prepare_heldout(self, cells: CellCounts, rng: np.random.Generator) -> HeldoutCells:
         """Split held-out cells, and mask them at each of :data:`HELDOUT_TIMES`."""
-        split = self._split(cells, rng)
         if not self.has_trunk_tasks:
-            return HeldoutCells(split, ())
+            return HeldoutCells(self._split(cells, rng), ())
+        # masks first: what else draws from rng depends on settings, the masks must not
         n_tokens = np.diff(cells.counts.indptr)
-        # all masks first: what else draws from rng depends on the layout, the masks must not
         masks = [exact_count_masks(n_tokens, t, rng) for t in HELDOUT_TIMES]
+        split = self._split(cells, rng)
         at = [DenoisedCells(*self.tokeniser.corrupt(cells, mask, rng), split.profile) for mask in masks]
         return HeldoutCells(split, tuple(at))
 
