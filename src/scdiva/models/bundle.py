@@ -40,7 +40,7 @@ CONFIG, WEIGHTS, VOCABULARY, STATISTICS = "config.json", "model.safetensors", "v
 LABELS, CARD, MANIFEST = "labels.json", "README.md", "manifest.json"
 FILES = (CONFIG, WEIGHTS, VOCABULARY, STATISTICS, LABELS, CARD)
 
-BUNDLED = ("scdiva-blood-tiny",)
+BUNDLED = ("scdiva-blood-tiny", "scdiva-blood-tiny-celltype")
 """Names of the models that come with the package."""
 
 
