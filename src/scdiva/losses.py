@@ -81,8 +81,6 @@ def profile_nll(
 
 _NEWTON_STEPS = 30
 _LARGEST_SHIFT = 40.0
-# error of the sum that is let pass: a float32 shift of 10 has steps of 1e-6, so that much less is never reached
-_SHARE_OF_M = 8e-6
 
 
 def inclusion_shift(logit_BG: torch.Tensor, is_admissible_BG: torch.Tensor, n_hidden_B: torch.Tensor) -> torch.Tensor:
@@ -114,12 +112,14 @@ def inclusion_shift(logit_BG: torch.Tensor, is_admissible_BG: torch.Tensor, n_hi
         p_BG = torch.sigmoid(logit_BG + shift_B[:, None])
         total_B = p_BG.sum(dim=1)
         error_B = total_B - m_B
-        if bool((error_B.abs() <= _SHARE_OF_M * m_B.clamp_min(1.0)).all()):
+        slope_B = (total_B - p_BG.square_().sum(dim=1)).clamp_min(1e-12)
+        # c to 1e-5; where all p are near 0 or 1 and the sum hardly moves with c, as near as float32 sums come
+        if bool((error_B.abs() <= torch.maximum(1e-5 * slope_B, 1e-6 * m_B.clamp_min(1.0))).all()):
             break
         lower_B = torch.where(error_B < 0, shift_B, lower_B)
         upper_B = torch.where(error_B > 0, shift_B, upper_B)
-        slope_B = (total_B - p_BG.square_().sum(dim=1)).clamp_min(1e-12)
-        proposal_B = shift_B - error_B / slope_B
+        # for the log of the sum, which for rare genes is a straight line in c
+        proposal_B = shift_B - (total_B / m_B).log() * total_B / slope_B
         is_inside_B = (proposal_B > lower_B) & (proposal_B < upper_B)
         shift_B = torch.where(is_inside_B, proposal_B, 0.5 * (lower_B + upper_B))
     return shift_B

@@ -209,7 +209,10 @@ class Trunk(nn.Module):
     ) -> list[torch.Tensor]:
         """[LAT], the conditions, [QUERY]; each ``(B, D)``."""
         n_genes = _centred(cells.n_genes_B.float(), _USUAL_LOG_N_GENES)
-        conditions = [embed(cells.condition_BC[:, i]) for i, embed in enumerate(self.labels)]
+        code_BC = cells.condition_BC
+        if code_BC.shape[1] == 0:  # read without conditions: all are unknown
+            code_BC = code_BC.new_zeros((cells.n_cells, len(self.labels)))
+        conditions = [embed(code_BC[:, i]) for i, embed in enumerate(self.labels)]
         return [
             self.lat(z_BZ),
             *conditions,
