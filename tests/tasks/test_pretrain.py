@@ -365,6 +365,14 @@ class TestTrunk:
                 assert f"{value:.4f}" in line
                 assert f"floor {trunk_run.metrics[name + '_floor']:.4f}" in line
 
+    def test_on_other_cells_it_keeps_genes_and_ranking_of_the_base(self, trunk_config, run, tmp_path):
+        options = ["training.max_steps=1", "data.conditions=[]", 'data.files=[{path="two.h5ad"}]']
+        trained = pretrain(apply_overrides(trunk_config, options), tmp_path / "run", progress=False)
+        assert trained.model.details["training"]["n_cells"] < 100
+        assert trained.model.vocabulary == run.model.vocabulary
+        np.testing.assert_array_equal(trained.model.statistics.entropy, run.model.statistics.entropy)
+        assert trained.model.labels.n_fields == 0
+
     def test_a_model_of_other_sizes_is_no_start(self, trunk_config, tmp_path):
         with pytest.raises(ConfigError, match="made-here has null_latent") as caught:
             pretrain(apply_overrides(trunk_config, ["model.n_latent=5"]), tmp_path / "run", progress=False)

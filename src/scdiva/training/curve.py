@@ -22,8 +22,8 @@ def draw_curve(log_path: str | Path, png_path: str | Path, *, key: str = "loss")
     png_path
         Where the picture goes.
     key
-        The column to draw. Columns named ``*_floor`` are drawn as horizontal lines at their last held-out value (or
-        training value, where there is none).
+        The column to draw. Its own floor (``KEY_floor``), or up to two floors of other columns where it has none, are
+        drawn as horizontal lines at their last held-out value (or training value, where there is none).
 
     Raises
     ------
@@ -46,7 +46,10 @@ def draw_curve(log_path: str | Path, png_path: str | Path, *, key: str = "loss")
             expected="the log.csv of a run that has logged at least once",
             fix="check the path and the name of the column",
         )
-    for floor in [name for name in rows[0] if name.endswith("_floor")]:
+    floors = [name for name in rows[0] if name.endswith("_floor")]
+    # the floors of many terms say nothing of their sum, and would squeeze it into a line
+    own = [name for name in floors if name == f"{key}_floor"] or (floors if len(floors) <= 2 else [])
+    for floor in own:
         values = [r[floor] for split in ("train", "heldout") for r in rows if r["split"] == split and r[floor]]
         if values:
             axes.axhline(float(values[-1]), linestyle="--", color="grey", linewidth=1)
