@@ -23,3 +23,48 @@ def test_what_is_missing_is_named(color, basis, adata, tmp_path):
     with pytest.raises(KeyNotFoundError, match=color if color == "donor" else basis):
         sd.pl.umap(adata, tmp_path / "a.png", color=color, basis=basis)
     assert list(tmp_path.iterdir()) == []
+
+
+class FirstComponents:
+    """In the place of UMAP, which takes half a minute to compile itself."""
+
+    def __init__(self, **options):
+        self.n_neighbors = options["n_neighbors"]
+
+    def fit_transform(self, z):
+        assert len(z) > self.n_neighbors
+        return z[:, :2]
+
+
+def test_real_and_generated_cells_are_drawn_side_by_side(adata, tmp_path, monkeypatch):
+    monkeypatch.setattr("umap.UMAP", FirstComponents)
+    made = adata[:90, ::-1].copy()
+    continuous = adata[:50].copy()
+    continuous.X = continuous.X * 0.7
+    sd.pl.generation(adata, {"ours": made, "PCA": continuous}, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    del made.obs["cell_type"]
+    with pytest.raises(KeyNotFoundError, match="ours"):
+        sd.pl.generation(adata, {"ours": made}, tmp_path / "b.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_generated_cells_are_aligned_by_gene_name(adata):
+    from scdiva.pl import _counts_over
+
+    turned = adata[:, ::-1][:, 5:].copy()
+    counts = _counts_over(turned, adata.var_names)
+    expected = adata.X.toarray()
+    expected[:, -5:] = 0
+    np.testing.assert_array_equal(counts.toarray(), expected)
+
+
+def test_steps_are_drawn_in_their_order(tmp_path, monkeypatch):
+    drawn = []
+    plot = "matplotlib.axes.Axes.plot"
+    original = __import__("matplotlib.axes", fromlist=["Axes"]).Axes.plot
+    monkeypatch.setattr(plot, lambda self, *a, **k: (drawn.append(a), original(self, *a, **k))[1])
+    sd.pl.steps([32, 8], [[0.7, 0.8], [0.9, 0.9]], [20.0, 80.0], tmp_path / "a.png", baselines={"real": 0.5})
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    np.testing.assert_allclose(drawn[0][:2], [[8, 32], [0.9, 0.75]])
+    np.testing.assert_allclose(drawn[1][:2], [[8, 32], [80, 20]])

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scdiva import datasets, errors, genes, pl, pp, tl
+    from scdiva.diffusion.samplers import Sampler
     from scdiva.genes import GeneVocabulary
     from scdiva.models.scdiva import ScDiVa
 
-__all__ = ["GeneVocabulary", "ScDiVa", "__version__", "datasets", "errors", "genes", "pl", "pp", "tl"]
+__all__ = ["GeneVocabulary", "Sampler", "ScDiVa", "__version__", "datasets", "errors", "genes", "pl", "pp", "tl"]
 
 _MODULES = {"datasets", "errors", "genes", "pl", "pp", "tl"}
-_OBJECTS = {"GeneVocabulary": "scdiva.genes", "ScDiVa": "scdiva.models.scdiva"}
+_OBJECTS = {"GeneVocabulary": "scdiva.genes", "Sampler": "scdiva.diffusion.samplers", "ScDiVa": "scdiva.models.scdiva"}
 
 
 def __getattr__(name: str) -> Any:

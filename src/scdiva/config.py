@@ -106,6 +106,9 @@ class OptimConfig(Section):
 
     lr: PositiveFloat = 3e-4
     """Highest learning rate."""
+    gene_lr_ratio: PositiveFloat = 1.0
+    """Learning rate of weights that hold one number per gene (offsets, dispersions, mean profile), as a multiple of
+    ``lr``: each is seen by few cells, and a short run at ``lr`` would leave them where they started."""
     betas: tuple[OpenFraction, OpenFraction] = (0.9, 0.99)
     """Decay of AdamW's first and second moment."""
     weight_decay: NaturalFloat = 0.01
@@ -408,6 +411,9 @@ class TrunkConfig(Section):
     """Which tokens a cell keeps when it has more than L, and their positions in the sequence layout."""
     value_likelihood: Literal["ztnb", "mse"] = "ztnb"
     """ztnb: zero-truncated negative binomial on counts; mse: squared error on log1p(CP10K)."""
+    dispersion: Literal["gene", "state"] = "gene"
+    """gene: each gene has one dispersion; state: the trunk corrects it by what it knows of the cell. A gene whose
+    level depends on the cell type varies much where the type is unknown, and little where it is known."""
     dropout: OpenFraction = 0.0
     """Dropout in the trunk."""
 
@@ -517,6 +523,10 @@ class NativeObjectiveConfig(Section):
     """Share of cells whose z comes from view A while view B is denoised."""
     p_visible: Fraction = 0.3
     """Share of cells that are denoised whole, with z from their visible tokens; the rest has the learned null z."""
+    p_whole: Fraction = 0.0
+    """Share of cells that are denoised whole, with z from view A of the same cell: for generation from a prior over z,
+    which must tell what a cell of full depth looks like. Such cells do not train the profile decoder, and no figure is
+    measured on them: their z has seen part of the answer."""
     p_joint: Fraction = 0.4
     """Share of masks that hide genes with their values."""
     p_values: Fraction = 0.3
@@ -541,8 +551,8 @@ class NativeObjectiveConfig(Section):
             raise ValueError(f"rho_min ({self.rho_min}) must not be above rho_max ({self.rho_max})")
         if self.freeze_anchor and self.identity_weight == 0 and self.value_weight == 0:
             raise ValueError("freeze_anchor with identity_weight = value_weight = 0 leaves nothing to train")
-        if self.p_split + self.p_visible > 1 + 1e-9:
-            raise ValueError("p_split and p_visible must not add up to more than 1")
+        if self.p_split + self.p_visible + self.p_whole > 1 + 1e-9:
+            raise ValueError("p_split, p_visible and p_whole must not add up to more than 1")
         if self.p_joint + self.p_values + self.p_staged > 1 + 1e-9:
             raise ValueError("p_joint, p_values and p_staged must not add up to more than 1")
         return self

@@ -281,6 +281,12 @@ def ztnb_nll(count: torch.Tensor, log_mu: torch.Tensor, log_theta: torch.Tensor)
     return (_log_nonzero(log_mu, log_theta) - log_pmf).float()
 
 
+def ztnb_mean(log_mu: torch.Tensor, log_theta: torch.Tensor) -> torch.Tensor:
+    """Return the mean of a zero-truncated negative binomial, float32; arguments as for :func:`ztnb_nll`."""
+    log_mu, log_theta = log_mu.double(), log_theta.double()
+    return (log_mu - _log_nonzero(log_mu, log_theta)).exp().float()
+
+
 _EXACT_COUNTS = 16
 
 

@@ -117,6 +117,32 @@ class LossOutput:
     n_flops: int = 0
 
 
+@runtime_checkable
+class LatentPrior(Protocol):
+    """What draws z for cells of given conditions: a Gaussian mixture, or a latent diffusion."""
+
+    @property
+    def view_share(self) -> float:
+        """Share of a cell's molecules that its z stands for: 1 where z is of whole cells."""
+        ...
+
+    def sample(
+        self, condition: NDArray[np.integer], sizes: NDArray[np.integer], rng: np.random.Generator
+    ) -> NDArray[np.float32]:
+        """Draw z, ``(n_cells, Z)`` float32.
+
+        Parameters
+        ----------
+        condition
+            ``(n_cells, n_fields)`` codes; 0 is any.
+        sizes
+            ``(n_cells, 2)`` UMIs and genes that the cells are to have.
+        rng
+            Source of randomness.
+        """
+        ...
+
+
 class Inputs(Protocol):
     """What ``Objective.prepare`` makes: tensors of one minibatch."""
 

@@ -9,7 +9,7 @@ from types import FrameType
 
 import typer
 
-from scdiva.cli import check, convert, demo, embed, inspect, train
+from scdiva.cli import check, convert, demo, embed, evaluate_generation, generate, impute, inspect, reconstruct, train
 from scdiva.errors import ScdivaError
 
 app = typer.Typer(
@@ -23,10 +23,23 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("check")(check.check)
 app.command("embed")(embed.embed)
+app.command("impute")(impute.impute)
+app.command("reconstruct")(reconstruct.reconstruct)
+app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
 app.command("pretrain")(train.pretrain)
 app.command("finetune")(train.finetune)
+
+evaluate = typer.Typer(
+    help="Judge results beside simple baselines, a null control and a ceiling, in one run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+evaluate.command("generation")(evaluate_generation.evaluate_generation)
+app.add_typer(evaluate, name="evaluate")
 
 
 @app.callback(invoke_without_command=True)

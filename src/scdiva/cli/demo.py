@@ -45,15 +45,59 @@ def demo(
 
     typer.echo("3  judge and draw: do neighbours share their cell type?")
     lines = _judge_and_draw(target, out / "umap.png")
-    summary = out / "summary.txt"
-    summary.write_text("\n".join([str(report), "", *lines, ""]), encoding="utf-8")
     for line in lines:
         typer.echo(f"   {line}")
-    typer.echo(f"   {out / 'umap.png'}, {summary}")
+    typer.echo(f"   {out / 'umap.png'}")
+
+    typer.echo(f"4  generate: {_PER_TYPE} new cells of each type, as counts, by {_GENERATOR}")
+    made = _generate(out / "generated.h5ad")
+    for line in made:
+        typer.echo(f"   {line}")
+    summary = out / "summary.txt"
+    summary.write_text("\n".join([str(report), "", *lines, "", *made, ""]), encoding="utf-8")
+    typer.echo(f"   {out / 'generated.h5ad'}, {summary}")
     typer.echo(f"done in {time.perf_counter() - started:.0f} s. Try next, on your own file:")
     typer.echo("   scdiva check YOUR.h5ad")
     typer.echo("   scdiva embed YOUR.h5ad YOUR_scdiva.h5ad")
     typer.echo("   scdiva finetune YOUR.h5ad --out adapted     # adapt the model to your cells, without labels")
+    typer.echo("   scdiva finetune YOUR.h5ad --objective conditional --condition cell_type --out mine")
+    typer.echo("   scdiva generate NEW.h5ad --model mine/bundle --each cell_type -n 200")
+
+
+_GENERATOR = "scdiva-blood-tiny-celltype"
+_PER_TYPE = 30
+_MARKERS = {"B cell": "MS4A1", "CD14+ monocyte": "S100A8", "NK cell": "GNLY", "CD4+ naive T cell": "CD3D"}
+
+
+def _generate(path: Path) -> list[str]:
+    """Generate cells of every type; share of cells with a count of known markers, beside that of real sorted cells."""
+    import numpy as np
+    import pandas as pd
+
+    from scdiva.data.bundled import load
+    from scdiva.models.scdiva import ScDiVa
+    from scdiva.tl import generate
+
+    model = ScDiVa.from_pretrained(_GENERATOR)
+    started = time.perf_counter()
+    types = model.labels.labels("cell_type")
+    cells = generate(model, condition=pd.DataFrame({"cell_type": np.repeat(types, _PER_TYPE)}), seed=0)
+    seconds = time.perf_counter() - started
+    cells.write_h5ad(path)
+    real = load("zheng_sorted7_3500")
+    lines = [
+        f"{cells.n_obs} cells, {cells.n_obs / seconds:.0f} cells/s; median {np.median(np.diff(cells.X.indptr)):.0f} genes "
+        f"and {np.median(np.asarray(cells.X.sum(axis=1))):.0f} UMIs per cell",
+        f"{'share of cells with a count, generated (real)':<46}" + "".join(f"{gene:>16}" for gene in _MARKERS.values()),
+    ]
+    for name in _MARKERS:
+        shares = []
+        for gene in _MARKERS.values():
+            column = cells.X[(cells.obs["cell_type"] == name).to_numpy()][:, cells.var_names.get_loc(gene)]
+            truth = real.X[(real.obs["cell_type"] == name).to_numpy()][:, real.var_names.get_loc(gene)]
+            shares.append(f"{column.nnz / column.shape[0]:>9.0%} ({truth.nnz / truth.shape[0]:>4.0%})")
+        lines.append(f"{name:<46}" + "".join(shares))
+    return lines
 
 
 def _judge_and_draw(path: Path, picture: Path) -> list[str]:

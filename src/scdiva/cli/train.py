@@ -1,4 +1,4 @@
-"""``scdiva pretrain --config FILE`` and ``scdiva finetune FILE --objective pretrain``."""
+"""``scdiva pretrain --config FILE`` and ``scdiva finetune FILE --objective pretrain|conditional``."""
 
 from __future__ import annotations
 
@@ -35,8 +35,13 @@ def finetune(
     file: FileArgument,
     out: Annotated[Path, typer.Option("--out", help="Folder of the run; the model goes to 'bundle' in it.")],
     objective: Annotated[
-        Literal["pretrain"], typer.Option("--objective", help="What to train on: 'pretrain' needs no labels.")
-    ] = "pretrain",
+        Literal["pretrain", "conditional"] | None,
+        typer.Option(
+            "--objective",
+            help="'pretrain': the embedding, without labels; 'conditional': the whole network, for generation under "
+            "--condition. Left out: by whether there is a --condition.",
+        ),
+    ] = None,
     model: ModelOption = DEFAULT_MODEL,
     layer: LayerOption = None,
     batch_key: Annotated[
@@ -59,14 +64,32 @@ def finetune(
     Without --condition nothing is learned from labels, and anchor and profile decoder are trained. With it the whole
     network is, and the labels of the columns become conditions of the new model.
     """
-    from scdiva.config import NativeObjectiveConfig, apply_overrides
+    from scdiva.config import apply_overrides
     from scdiva.data.source import open_source
     from scdiva.errors import ConfigError
     from scdiva.models.scdiva import ScDiVa
-    from scdiva.tasks.pretrain import ADAPTATION_OBJECTIVE, adapt, adaptation_config, conditioning_config
+    from scdiva.tasks.pretrain import (
+        ADAPTATION_OBJECTIVE,
+        CONDITIONING_OBJECTIVE,
+        adapt,
+        adaptation_config,
+        conditioning_config,
+    )
 
+    if objective == "conditional" and not condition:
+        raise ConfigError(
+            "--objective conditional without --condition",
+            expected="a column of .obs to condition on",
+            fix="for example --condition cell_type",
+        )
+    if objective == "pretrain" and condition:
+        raise ConfigError(
+            "--objective pretrain with --condition: it learns nothing from labels",
+            expected="one of the two",
+            fix="use --objective conditional, or leave --condition out",
+        )
     usual = conditioning_config(seed=seed) if condition else adaptation_config(open_source(file).n_cells, seed=seed)
-    loss = NativeObjectiveConfig() if condition else ADAPTATION_OBJECTIVE
+    loss = CONDITIONING_OBJECTIVE if condition else ADAPTATION_OBJECTIVE
     of_loss = [entry.removeprefix("objective.") for entry in overrides or [] if entry.startswith("objective.")]
     of_loop = [entry for entry in overrides or [] if not entry.startswith("objective.")]
     for entry in of_loop:
@@ -106,3 +129,6 @@ def _tell(trained: TrainedModel) -> None:
             typer.echo(f"  {name:<34}{value:>9.4f}{beside}")
     typer.echo(f"model: {trained.path}")
     typer.echo(f"next:  scdiva embed FILE OUT.h5ad --model {trained.path}")
+    fields = trained.model.labels.fields
+    if fields and "identity" in trained.model.details["trained_heads"]:
+        typer.echo(f"       scdiva generate OUT.h5ad --model {trained.path} --each {fields[-1]}")

@@ -6,6 +6,7 @@
 ``vocabulary.tsv``     the genes, in the order of the weights
 ``gene_statistics.npz`` population statistics of the training corpus (no pickle)
 ``labels.json``        names of conditions and classes
+``population.npz``     sizes of the training cells and a prior over z, for generation (not in every bundle)
 ``README.md``          model card, generated from ``config.json``
 ``manifest.json``      sha256 of each file above
 ====================== ====================================================================================
@@ -29,6 +30,7 @@ from scdiva.data.output import replacing
 from scdiva.data.statistics import GeneStatistics
 from scdiva.errors import BundleError, OutputError
 from scdiva.genes import GeneVocabulary
+from scdiva.models.prior import Population
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +41,8 @@ FORMAT = 1
 CONFIG, WEIGHTS, VOCABULARY, STATISTICS = "config.json", "model.safetensors", "vocabulary.tsv", "gene_statistics.npz"
 LABELS, CARD, MANIFEST = "labels.json", "README.md", "manifest.json"
 FILES = (CONFIG, WEIGHTS, VOCABULARY, STATISTICS, LABELS, CARD)
+POPULATION = "population.npz"
+"""In bundles that can generate; listed in the manifest where it is there."""
 
 BUNDLED = ("scdiva-blood-tiny", "scdiva-blood-tiny-celltype")
 """Names of the models that come with the package."""
@@ -57,6 +61,8 @@ class BundleContent:
         Genes and their statistics in the training corpus.
     labels
         Condition and class names.
+    population
+        What generation draws sizes and z from; None where the bundle has none.
     path
         The folder.
     hash
@@ -67,6 +73,7 @@ class BundleContent:
     vocabulary: GeneVocabulary
     statistics: GeneStatistics
     labels: Mapping[str, list[str]]
+    population: Population | None
     path: Path
     hash: str
 
@@ -115,7 +122,7 @@ def _download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=[*FILES, MANIFEST]))
+        return Path(snapshot_download(repo_id, allow_patterns=[*FILES, POPULATION, MANIFEST]))
     except Exception as error:  # network, authentication and name errors come in many classes
         raise BundleError(
             f"the Hugging Face Hub gave no model {repo_id!r} ({type(error).__name__})",
@@ -133,6 +140,7 @@ def write_bundle(
     statistics: GeneStatistics,
     labels: Mapping[str, list[str]],
     card: str,
+    population: Population | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a bundle, whole or not at all.
@@ -160,7 +168,11 @@ def write_bundle(
         statistics.save(partial / STATISTICS)
         (partial / LABELS).write_text(json.dumps(labels, indent=2) + "\n", encoding="utf-8")
         (partial / CARD).write_text(card, encoding="utf-8")
-        hashes = {name: _sha256(partial / name) for name in FILES}
+        names = [*FILES]
+        if population is not None:
+            population.save(partial / POPULATION)
+            names.append(POPULATION)
+        hashes = {name: _sha256(partial / name) for name in names}
         (partial / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
         for file in partial.iterdir():
             file.chmod(0o644)  # safetensors writes private files
@@ -201,7 +213,17 @@ def read_bundle(path: Path) -> BundleContent:
             expected=f"{vocabulary.n_genes}, one per gene of the vocabulary",
             fix="fetch the bundle again",
         )
-    return BundleContent(config, vocabulary, statistics, labels, path, bundle_hash(path))
+    population = None
+    if POPULATION in _read_object(path / MANIFEST):
+        population = Population.load(path / POPULATION)
+        n_genes, n_fields = population.sizes.is_measured.shape[1], population.sizes.condition.shape[1]
+        if (n_genes, n_fields) != (vocabulary.n_genes, len(labels)):
+            raise BundleError(
+                f"{path / POPULATION} is of {n_genes} genes and {n_fields} condition fields",
+                expected=f"{vocabulary.n_genes} genes and {len(labels)} fields",
+                fix="fetch the bundle again",
+            )
+    return BundleContent(config, vocabulary, statistics, labels, population, path, bundle_hash(path))
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -273,7 +295,7 @@ def _verify(path: Path) -> None:
             else "give the folder that training or save_pretrained wrote",
         )
     hashes = _read_object(path / MANIFEST)
-    for name in FILES:
+    for name in (*FILES, *([POPULATION] if POPULATION in hashes else [])):
         file = path / name
         if not file.exists():
             raise BundleError(f"{file} is missing", expected="a complete bundle", fix="fetch the bundle again")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +19,26 @@ from scdiva.config import FileConfig, LoopConfig, NativeConfig, NativeObjectiveC
 from scdiva.data.bundled import dataset_path
 from scdiva.data.conditions import ConditionLabels, collect_labels
 from scdiva.data.loader import fixed_minibatches, ordered_blocks
+from scdiva.data.population import MAX_RECORDS, CellSizes
 from scdiva.data.reader import MIN_COVERAGE, CellCorpus, CellsInMemory, CountsReader, list_sources, open_counts
 from scdiva.data.source import open_source
 from scdiva.data.splits import hold_out
 from scdiva.data.statistics import GeneStatistics
+from scdiva.data.thinning import thin_counts
+from scdiva.diffusion.samplers import Sampler
 from scdiva.errors import ConfigError
 from scdiva.genes import GeneVocabulary
+from scdiva.models.prior import MixturePrior, Population
+from scdiva.models.scdiva.calibration import calibrate
+from scdiva.models.scdiva.generation import Wish
 from scdiva.models.scdiva.init import MAX_CELLS, grow, init_network, simple_model
 from scdiva.models.scdiva.model import Network, ScDiVa, build_network
 from scdiva.models.scdiva.native import NativeNetwork, SimpleModel
-from scdiva.models.scdiva.objectives import NativeObjective
+from scdiva.models.scdiva.inputs import MaskedCells, Targets
+from scdiva.models.scdiva.objectives import DenoisedCells, NativeObjective
 from scdiva.models.scdiva.official import OfficialNetwork
 from scdiva.models.scdiva.official_objective import OfficialObjective
+from scdiva.nn.precision import uses_bf16
 from scdiva.serialization import log1p_cp10k
 from scdiva.training import FitResult, fit
 from scdiva.types import CellCollection, CellCounts, Objective
@@ -50,7 +59,7 @@ MAX_CELLS_IN_MEMORY = 200_000
 
 _BLOCK = 2048
 # tags of the random streams that this file draws from a run's seed
-_SPLIT_STREAM, _SVD_STREAM = 64, 65
+_SPLIT_STREAM, _SVD_STREAM, _POPULATION_STREAM, _CALIBRATION_STREAM = 64, 65, 66, 67
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +158,9 @@ def pretrain(config: RunConfig, out_dir: str | Path, *, progress: bool = True) -
         else {**record, **_origin(base), "heldout_may_be_known": _warn_of_seen_cells(base, record)},
         "metrics": metrics,
     }
-    return _saved(ScDiVa(network, config.model, vocabulary, statistics, details=details, labels=labels), out, fitted)
+    model = ScDiVa(network, config.model, vocabulary, statistics, details=details, labels=labels)
+    model.population = population_of(model, cells, train, seed=config.seed)
+    return _saved(model, out, fitted)
 
 
 def adapt(
@@ -217,6 +228,9 @@ def adapt(
             expected="a model with a trunk (scdiva inspect: model, trunk, n_layers)",
             fix="name another model, or leave the conditions out",
         )
+    if conditions:
+        trunk = config_of_model.trunk.model_copy(update={"dispersion": "state"})
+        config_of_model = config_of_model.model_copy(update={"trunk": trunk})
     reader = open_counts(open_source(data), model.vocabulary, layer=layer, min_coverage=min_coverage)
     if only_measured_genes:
         model = model.restricted(reader.alignment.is_measured)
@@ -224,7 +238,7 @@ def adapt(
     corpus, labels = _with_conditions(CellCorpus((reader,), (None,)), conditions, [{}], model)
     cells = _in_memory(corpus)
     loop = config or (adaptation_config(len(cells), seed=seed) if not conditions else conditioning_config(seed=seed))
-    settings = objective or (NativeObjectiveConfig() if conditions else ADAPTATION_OBJECTIVE)
+    settings = objective or (CONDITIONING_OBJECTIVE if conditions else ADAPTATION_OBJECTIVE)
     groups = corpus.groups([batch_key])
     train, heldout = hold_out(groups, loop.data.heldout_fraction, np.random.default_rng([loop.seed, _SPLIT_STREAM]))
     network = build_network(model.vocabulary.n_genes, config_of_model, labels)
@@ -240,7 +254,12 @@ def adapt(
         "conditions": ", ".join(conditions),
     }
     task = NativeObjective(network, settings, config_of_model, model.statistics, simple)
-    fitted, metrics = _fit(task, cells, train, heldout, loop, out, identity, progress=progress)
+    trunk = config_of_model.trunk
+    # only a model that draws counts of sets has numbers to calibrate, and only one that was trained to do so
+    has_heads = settings.identity_weight > 0 and settings.value_weight > 0
+    is_generator = has_heads and trunk.value_likelihood == "ztnb" and trunk.layout == "set"
+    finish = partial(_calibrate, task, cells, train, loop) if conditions and is_generator else None
+    fitted, metrics = _fit(task, cells, train, heldout, loop, out, identity, progress=progress, finish=finish)
     record = _training_record(corpus, groups, train, heldout, fitted, loop, ["the user's own data"])
     what = f"with labels of {', '.join(conditions)} as conditions" if conditions else "without labels"
     details = {
@@ -253,11 +272,21 @@ def adapt(
         "metrics": metrics,
     }
     adapted = ScDiVa(network, config_of_model, model.vocabulary, model.statistics, details=details, labels=labels)
+    adapted.population = population_of(adapted, cells, train, seed=loop.seed)
+    if conditions and is_generator:
+        _settle_depth(adapted, seed=loop.seed)
     return _saved(adapted, out, fitted)
 
 
 ADAPTATION_OBJECTIVE = NativeObjectiveConfig(identity_weight=0.0, value_weight=0.0)
 """Loss settings of :func:`adapt` (chosen by docs/experiments.md): anchor and profile decoder."""
+
+
+CONDITIONING_OBJECTIVE = NativeObjectiveConfig(
+    p_split=0.3, p_visible=0.2, p_whole=0.4, p_joint=0.5, p_values=0.2, p_staged=0.2
+)
+"""Loss settings of :func:`adapt` with conditions (chosen by docs/experiments.md): most cells are denoised as they are
+generated, whole and from a z that is not their own visible part."""
 
 
 def adaptation_config(n_cells: int, *, seed: int = 0) -> LoopConfig:
@@ -284,9 +313,9 @@ def conditioning_config(*, seed: int = 0) -> LoopConfig:
         {
             "seed": seed,
             "data": {"heldout_fraction": 0.1},
-            "optim": {"lr": 5e-4, "warmup_steps": 50, "ema_decay": 0.99},
+            "optim": {"lr": 5e-4, "gene_lr_ratio": 20.0, "warmup_steps": 50, "ema_decay": 0.99},
             "training": {
-                "max_steps": 300,
+                "max_steps": 200,
                 "batch_size": 64,
                 "validate_every": 50,
                 "patience": 4,
@@ -295,6 +324,93 @@ def conditioning_config(*, seed: int = 0) -> LoopConfig:
             },
         }
     )
+
+
+PRIOR_VIEW_SHARE = 0.5
+"""Share of a cell's molecules behind the z that the prior over z is fitted to (docs/experiments.md)."""
+_CALIBRATION_CELLS = 2048
+
+
+def _calibrate(objective: NativeObjective, cells: CellCollection, train: NDArray[np.int64], config: LoopConfig) -> None:
+    """Bring the numbers of single genes to their best for the training cells (``models.scdiva.calibration``).
+
+    Cells are masked as they are generated: whole, with their conditions, and with a z of their own. A dispersion that
+    had to cover cells of unknown type as well would be too large for all others.
+    """
+    usual = objective.config
+    as_generated = {"p_split": 0.0, "p_visible": 0.3, "p_whole": 0.7, "p_joint": 0.9, "p_values": 0.0, "p_staged": 0.0}
+    objective.config = usual.model_copy(update={**as_generated, "condition_dropout": 0.0})
+    rng = np.random.default_rng([config.seed, _CALIBRATION_STREAM])
+    chosen = rng.permutation(train)[:_CALIBRATION_CELLS]
+
+    def masked() -> Iterator[tuple[MaskedCells, Targets]]:
+        for first in range(0, chosen.size, config.training.batch_size):
+            inputs = objective.prepare(cells.read(chosen[first : first + config.training.batch_size]), rng)
+            assert isinstance(inputs, DenoisedCells)
+            yield inputs.cells, inputs.targets
+
+    calibrate(objective.network.cpu(), masked(), use_bf16=uses_bf16(config.training.precision, "cpu"))
+    objective.config = usual
+
+
+_SETTLING_CELLS, _SETTLING_ROUNDS = 192, 2
+
+
+def _settle_depth(model: ScDiVa, *, seed: int) -> None:
+    """Make generated cells have, on average, the UMIs that they were asked to have.
+
+    Each count is calibrated given real surroundings; in a generated cell the surroundings are generated too, and small
+    errors add up over hundreds of genes. One factor for all genes takes them out.
+    """
+    network, population = model.native("generation"), model.population
+    assert population is not None
+    sizes = population.sizes
+    rng = np.random.default_rng([seed, _CALIBRATION_STREAM, 1])
+    for _ in range(_SETTLING_ROUNDS):
+        row = rng.integers(sizes.n_records, size=_SETTLING_CELLS)
+        wanted = np.stack([sizes.depth[row], sizes.n_genes[row]], axis=1)
+        wish = Wish(
+            depth=sizes.depth[row],
+            library_size=sizes.library_size[row],
+            condition=sizes.condition[row],
+            is_measured=sizes.is_measured[sizes.source[row]],
+            weight=np.ones(sizes.condition.shape[1]),
+            z=population.prior.sample(sizes.condition[row], wanted, rng),
+            z_depth=(population.prior.view_share * sizes.depth[row]).astype(np.float32),
+        )
+        drawn = model.draw(wish, sizes.n_genes[row].astype(np.int64), Sampler(), seed=int(rng.integers(2**31)))
+        with torch.no_grad():
+            network.value_offset.sub_(float(np.log(drawn.sum() / sizes.depth[row].sum())))
+
+
+def population_of(model: ScDiVa, cells: CellCollection, indices: NDArray[np.int64], *, seed: int) -> Population | None:
+    """Collect what generation draws sizes and z from; None for a model that is not native.
+
+    Parameters
+    ----------
+    model
+        The trained model.
+    cells
+        Cells with the condition codes of the model.
+    indices
+        Which of them: those that were trained on.
+    seed
+        Seed of the choice of cells and of the mixture.
+    """
+    if not isinstance(model.network, NativeNetwork):
+        return None
+    rng = np.random.default_rng([seed, _POPULATION_STREAM])
+    chosen = indices if indices.size <= MAX_RECORDS else np.sort(rng.choice(indices, MAX_RECORDS, replace=False))
+    blocks = [block for block in ordered_blocks(cells, _BLOCK, indices=chosen)]
+    # z of a part of each cell: of a whole one it would follow its noise, which a cell drawn from it would repeat
+    z = np.concatenate([model.embed(thin_counts(block, PRIOR_VIEW_SHARE, rng)) for block in blocks])
+    condition = np.concatenate([block.condition for block in blocks])
+    sizes = np.concatenate(
+        [np.stack([np.asarray(b.counts.sum(axis=1)).ravel(), np.diff(b.counts.indptr)], axis=1) for b in blocks]
+    )
+    kept = sizes[:, 1] > 0
+    prior = MixturePrior.fit(z[kept], sizes[kept], condition[kept], seed, view_share=PRIOR_VIEW_SHARE)
+    return Population(CellSizes.of(blocks, rng), prior)
 
 
 def open_corpus_of(config: RunConfig, vocabulary: GeneVocabulary) -> CellCorpus:
@@ -472,6 +588,7 @@ def _fit(
     identity: Mapping[str, str],
     *,
     progress: bool,
+    finish: Callable[[], None] | None = None,
 ) -> tuple[FitResult, dict[str, float]]:
     fitted = fit(
         objective,
@@ -484,6 +601,8 @@ def _fit(
         identity=identity,
         progress=progress,
     )
+    if finish is not None:
+        finish()
     generator = torch.Generator().manual_seed(config.seed)
     totals: dict[str, float] = {}
     n_cells = 0

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from scdiva.config import LoopConfig, TrainingConfig, atomic_path, changed_keys, load_config, save_config
 from scdiva.data.loader import Minibatch, MinibatchLoader, fixed_minibatches
 from scdiva.errors import NonFiniteLossError, OutputError, TrainingError
+from scdiva.nn.precision import uses_bf16
 from scdiva.training.checkpoints import CheckpointFolder
 from scdiva.training.curve import draw_curve
 from scdiva.training.module import StepPart, TrainingModule, learning_rate_factor
@@ -511,22 +512,6 @@ class _Loop(pl.Callback):
         if self.run_log is not None:
             self.run_log.close()
             self.run_log = None
-
-
-def uses_bf16(precision: Literal["auto", "bf16", "fp32"], device: str) -> bool:
-    """Tell whether a precision means bf16 autocast on a device ("cpu" or "cuda").
-
-    "auto" says yes where the hardware computes in bf16: NVIDIA from Ampere on, CPUs with AVX512-BF16 or AMX.
-    Elsewhere bf16 is emulated and slower than fp32.
-    """
-    if precision != "auto":
-        return precision == "bf16"
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # PyTorch has no public question for this before torch.cpu.get_capabilities (2.13).
-    return any(
-        bool(getattr(torch.cpu, name, bool)()) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
 
 
 def _resolve_device(training: TrainingConfig) -> str:

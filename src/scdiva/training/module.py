@@ -157,7 +157,11 @@ class TrainingModule(pl.LightningModule):
         """Return AdamW and its schedule (stepwise)."""
         config = self.optim_config
         optimizer = torch.optim.AdamW(
-            parameter_groups(self.objective, config.weight_decay),
+            parameter_groups(
+                self.objective,
+                config.weight_decay,
+                gene_lr=None if config.gene_lr_ratio == 1 else config.lr * config.gene_lr_ratio,
+            ),
             lr=config.lr,
             betas=config.betas,
             fused=self.device.type in ("cpu", "cuda"),
@@ -192,17 +196,21 @@ def learning_rate_factor(step: int, *, config: OptimConfig, max_steps: int) -> f
     return config.final_lr_ratio + (1.0 - config.final_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters into those with and those without weight decay.
+def parameter_groups(model: nn.Module, weight_decay: float, *, gene_lr: float | None = None) -> list[dict[str, Any]]:
+    """Split the trainable parameters into those with and those without weight decay, and numbers of single genes.
 
-    Without are: everything with fewer than two dimensions (biases, gains, scalars), the parameters of norms and of
-    ``nn.Embedding``, and parameters with "embed" in their own name.
+    Without weight decay are: everything with fewer than two dimensions (biases, gains, scalars), the parameters of
+    norms and of ``nn.Embedding``, and parameters with "embed" in their own name. A model may name, in
+    ``gene_vectors()``, parameters that hold one number per gene: they get the learning rate ``gene_lr``.
     """
     decayed: dict[int, Tensor] = {}
     free: dict[int, Tensor] = {}
+    of_genes: dict[int, Tensor] = {}
+    if gene_lr is not None and callable(named := getattr(model, "gene_vectors", None)):
+        of_genes = {id(parameter): parameter for parameter in named() if parameter.requires_grad}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
+            if not parameter.requires_grad or id(parameter) in of_genes:
                 continue
             is_free = (
                 parameter.ndim < 2 or isinstance(module, (nn.Embedding, nn.EmbeddingBag, *_NORMS)) or "embed" in name
@@ -213,6 +221,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     groups = [
         {"params": with_decay, "weight_decay": weight_decay},
         {"params": list(free.values()), "weight_decay": 0.0},
+        {"params": list(of_genes.values()), "weight_decay": 0.0, "lr": gene_lr},
     ]
     return [group for group in groups if group["params"]]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self, get_args
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
@@ -17,15 +18,26 @@ from scdiva.config import ModelConfig, NativeConfig, OfficialConfig
 from scdiva.data.conditions import ConditionLabels
 from scdiva.data.statistics import CP10K, GeneStatistics
 from scdiva.diffusion import Masks
+from scdiva.diffusion.samplers import Sampler, SetState, sample_sets
 from scdiva.errors import BundleError, ConfigError, GeneError, UnsupportedError
 from scdiva.genes import GeneVocabulary
 from scdiva.models import bundle
+from scdiva.models.base import HiddenPlaces, HiddenSet, ImputedCounts, OwnCounts
 from scdiva.models.card import model_card
+from scdiva.models.prior import Population
 from scdiva.models.scdiva.dense import DenseNetwork
+from scdiva.models.scdiva.generation import Wish, denoiser
+from scdiva.models.scdiva.imputation import impute_native, require_profile_decoder
 from scdiva.models.scdiva.inputs import MaskedCells, PackedCells
 from scdiva.models.scdiva.native import PER_GENE, NativeNetwork
 from scdiva.models.scdiva.objectives import tokeniser_of
 from scdiva.models.scdiva.official import OfficialNetwork
+from scdiva.models.scdiva.reconstruction import (
+    predict_hidden_native,
+    predict_hidden_official,
+    require_native_heads,
+)
+from scdiva.nn.precision import uses_bf16
 from scdiva.types import CellCounts
 
 FAMILY = "scdiva"
@@ -88,6 +100,8 @@ class ScDiVa:
         ``trained_heads``, ``license``.
     labels
         Condition fields and their labels.
+    population
+        Sizes of the training cells and a prior over z, for generation.
     bundle_hash
         sha256 of the bundle it was loaded from; empty for a model that was never saved.
     """
@@ -101,6 +115,7 @@ class ScDiVa:
         *,
         details: Mapping[str, Any] | None = None,
         labels: ConditionLabels | None = None,
+        population: Population | None = None,
         bundle_hash: str = "",
     ) -> None:
         n_genes = network.n_genes
@@ -116,6 +131,7 @@ class ScDiVa:
         self.statistics = statistics
         self.details = dict(details or {})
         self.labels = labels or ConditionLabels.none()
+        self.population = population
         self.bundle_hash = bundle_hash
 
     @classmethod
@@ -148,6 +164,13 @@ class ScDiVa:
         bundle.load_strictly(network, bundle.read_weights(path), path)
         if not isinstance(network, NativeNetwork):
             network.mark_trained(content.config.get("trained_heads", ()))
+        population = content.population
+        if population is not None and population.prior.n_latent != network.n_latent:
+            raise BundleError(
+                f"{path}: the prior over z has {population.prior.n_latent} dimensions",
+                expected=f"{network.n_latent}, those of z",
+                fix="fetch the bundle again",
+            )
         details = {key: content.config[key] for key in content.config if key not in _OWN_KEYS}
         model = cls(
             network,
@@ -156,6 +179,7 @@ class ScDiVa:
             content.statistics,
             details=details,
             labels=labels,
+            population=population,
             bundle_hash=content.hash,
         )
         return model.to(device)
@@ -195,6 +219,7 @@ class ScDiVa:
             vocabulary=self.vocabulary,
             statistics=self.statistics,
             labels=self.labels.to_dict(),
+            population=self.population,
             card=model_card(
                 {**config, "conditions": self.labels.to_dict()}, self.vocabulary, self.n_parameters, self.n_latent
             ),
@@ -230,6 +255,7 @@ class ScDiVa:
             self.statistics.take(np.flatnonzero(is_kept)),
             details=details,
             labels=self.labels,
+            population=None if self.population is None else self.population.take_genes(is_kept),
         ).to(str(self.device))
 
     def to(self, device: str) -> Self:
@@ -388,6 +414,173 @@ class ScDiVa:
             log_rate, dim=1, keepdim=True
         )
         return np.asarray((CP10K * log_share.exp()).cpu())
+
+    @property
+    def n_places(self) -> int | None:
+        """Tokens of a cell that have a place, if the model reads sequences; None if it reads sets."""
+        if isinstance(self.config, NativeConfig):
+            trunk = self.config.trunk
+            return trunk.max_tokens if tokeniser_of(self.config, self.statistics).has_positions else None
+        return self.config.max_tokens if isinstance(self.config, OfficialConfig) else None
+
+    @property
+    def token_order(self) -> str:
+        """Order of a cell's tokens: "entropy", "expression" or "random"."""
+        if isinstance(self.config, NativeConfig):
+            return self.config.trunk.order
+        return self.config.order if isinstance(self.config, OfficialConfig) else "entropy"
+
+    def predict_hidden(self, cells: CellCounts, is_hidden: NDArray[np.bool_]) -> dict[str, HiddenSet | HiddenPlaces]:
+        """Say which genes are hidden in some cells, and how much of each there is.
+
+        Parameters
+        ----------
+        cells
+            Raw counts in the order of :attr:`vocabulary`; at most :attr:`n_places` per cell where that is a number.
+        is_hidden
+            ``(nnz,)`` which stored counts are hidden, gene and count together.
+
+        Returns
+        -------
+        dict
+            By variant. A native model has one, "", in which nothing that summarises the hidden tokens reaches the
+            network but totals. A published one has two: as published ("LAT reads the answer": its latent token pools
+            the clean cell), and with a latent token of visible tokens only ("LAT reads visible tokens").
+
+        Raises
+        ------
+        UntrainedHeadError
+            The heads of genes and values are not both trained.
+        UnsupportedError
+            The model has no tokens (the dense model of the first published version).
+        """
+        if isinstance(self.network, NativeNetwork):
+            assert isinstance(self.config, NativeConfig)
+            require_native_heads(tuple(self.details.get("trained_heads", ())), self.name)
+            said = predict_hidden_native(
+                self.network,
+                tokeniser_of(self.config, self.statistics),
+                cells,
+                is_hidden,
+                has_likelihood=self.config.trunk.value_likelihood == "ztnb",
+            )
+            return {"": said}
+        if isinstance(self.network, OfficialNetwork):
+            return {
+                "LAT reads the answer": predict_hidden_official(
+                    self.network, self.statistics, cells, is_hidden, lat="clean"
+                ),
+                "LAT reads visible tokens": predict_hidden_official(
+                    self.network, self.statistics, cells, is_hidden, lat="visible"
+                ),
+            }
+        raise self._unsupported("reconstruction")
+
+    def check_generates(self) -> NativeNetwork:
+        """Return the network if cells can be drawn from it.
+
+        Raises
+        ------
+        UnsupportedError
+            The model is not native, reads sequences, or has no count likelihood.
+        UntrainedHeadError
+            The heads of genes and values are not both trained.
+        """
+        network = self.native("generation")
+        assert isinstance(self.config, NativeConfig)
+        require_native_heads(tuple(self.details.get("trained_heads", ())), self.name)
+        trunk = self.config.trunk
+        if trunk.value_likelihood != "ztnb" or (trunk.n_layers and trunk.layout != "set"):
+            raise UnsupportedError(
+                f"{self.name} has layout {trunk.layout!r} and value likelihood {trunk.value_likelihood!r}",
+                expected="layout 'set' and value_likelihood 'ztnb': counts are drawn, and places are not",
+                fix="use a model such as scdiva-blood-tiny",
+            )
+        return network
+
+    @torch.inference_mode()
+    def draw(self, wish: Wish, n_genes: NDArray[np.int64], sampler: Sampler, *, seed: int) -> sp.csr_matrix:
+        """Draw cells by masked diffusion.
+
+        Parameters
+        ----------
+        wish
+            What the network is told.
+        n_genes
+            ``(n_cells,)`` genes of each cell.
+        sampler
+            How the sets are drawn.
+        seed
+            Seed of the draws: equal calls give equal cells. Cells that are drawn together share a random stream.
+
+        Returns
+        -------
+        scipy.sparse.csr_matrix
+            ``(n_cells, n_genes)`` int32 counts; row i has exactly ``n_genes[i]`` genes.
+
+        Raises
+        ------
+        UnsupportedError, UntrainedHeadError
+            See :meth:`check_generates`.
+        """
+        network = self.check_generates()
+        assert isinstance(self.config, NativeConfig)
+        predict = denoiser(network, tokeniser_of(self.config, self.statistics), wish)
+        start = SetState.empty(torch.from_numpy(n_genes).to(self.device), self.vocabulary.n_genes)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=uses_bf16("auto", self.device.type)):
+            state = sample_sets(predict, start, sampler, generator)
+        return sp.csr_matrix(state.count_BG.cpu().numpy())
+
+    @torch.inference_mode()
+    def impute(
+        self,
+        cells: CellCounts,
+        genes: NDArray[np.integer],
+        *,
+        own_counts: OwnCounts = "used",
+        n_samples: int = 0,
+        seed: int = 0,
+    ) -> ImputedCounts:
+        """Say how much of some genes to expect in some cells.
+
+        Parameters
+        ----------
+        cells
+            Raw counts in the order of :attr:`vocabulary`.
+        genes
+            Gene indices; genes that the cells' file does not measure are welcome.
+        own_counts
+            "used": a gene's own count corrects what the rest of the cell says. "hidden": it is not looked at.
+        n_samples
+            Resampled cells, from which spread and draws come; 0: neither.
+        seed
+            Of the samples. Each cell's row depends on that cell and the seed alone.
+
+        Returns
+        -------
+        ImputedCounts
+            Counts at the depth of each cell. A cell without UMIs counts as one of a single UMI.
+
+        Raises
+        ------
+        UnsupportedError
+            The model is not native.
+        UntrainedHeadError
+            Its anchor or its profile decoder was never trained.
+        """
+        network = self.native("imputation")
+        require_profile_decoder(tuple(self.details.get("trained_heads", ())), self.name)
+        return impute_native(
+            network,
+            self.statistics,
+            self.vocabulary,
+            cells,
+            genes,
+            own_counts=own_counts,
+            n_samples=n_samples,
+            seed=seed,
+        )
 
 
 def _config_of(values: Mapping[str, Any], path: Path) -> ModelConfig:

@@ -167,6 +167,9 @@ class Trunk(nn.Module):
         self.query_direction = nn.Linear(width, n_embedding)
         self.value_head_up = nn.Linear(width, width)
         self.value_head_down = nn.Linear(width, n_embedding + 1)
+        self.dispersion_head: nn.Linear | None = None
+        if config.dispersion == "state":
+            self.dispersion_head = nn.Linear(width, n_embedding + 1)
 
     def forward(
         self, cells: MaskedCells, z_BZ: torch.Tensor, gene_embedding: torch.Tensor, mean_log_depth: torch.Tensor
@@ -223,8 +226,15 @@ class Trunk(nn.Module):
         ]
 
     def value_direction(self, state: torch.Tensor) -> torch.Tensor:
-        """Direction in gene-embedding space, and a constant, of the correction to log-mean values; ``(..., E + 1)``."""
-        return self.value_head_down(F.silu(self.value_head_up(state)))
+        """Direction in gene-embedding space, and a constant, of the correction to log-mean values; ``(..., E + 1)``.
+
+        With a dispersion of the state ``(..., 2 E + 2)``: the same for log inverse dispersions follows.
+        """
+        hidden = F.silu(self.value_head_up(state))
+        direction = self.value_head_down(hidden)
+        if self.dispersion_head is None:
+            return direction
+        return torch.cat([direction, self.dispersion_head(hidden)], dim=-1)
 
 
 _USUAL_LOG_N_GENES = 7.0
@@ -271,6 +281,11 @@ class NativeNetwork(nn.Module):
     def n_latent(self) -> int:
         """Z, dimensions of the embedding."""
         return self.anchor.n_latent
+
+    @property
+    def n_embedding(self) -> int:
+        """E, dimensions of the gene embeddings."""
+        return int(self.anchor.gene_embedding.shape[1])
 
     @property
     def n_genes(self) -> int:
@@ -345,8 +360,18 @@ class NativeNetwork(nn.Module):
         log_mean_X = output.log_rate_BG[cell_X, gene_X] + output.log_size_B[cell_X] + self.value_offset[gene_X]
         if direction_XE is None:
             return log_mean_X
+        return log_mean_X + self._correction(gene_X, direction_XE[:, : self.n_embedding + 1])
+
+    def log_dispersion(self, gene_X: torch.Tensor, direction_XE: torch.Tensor | None) -> torch.Tensor:
+        """Log inverse dispersion of some genes, ``(X,)`` float32; arguments as for :meth:`log_mean`."""
+        log_theta_X = self.log_theta[gene_X]
+        if direction_XE is None or self.trunk is None or self.trunk.dispersion_head is None:
+            return log_theta_X
+        return log_theta_X + self._correction(gene_X, direction_XE[:, self.n_embedding + 1 :])
+
+    def _correction(self, gene_X: torch.Tensor, direction_XE: torch.Tensor) -> torch.Tensor:
         embedded_XE = F.embedding(gene_X, self.anchor.gene_embedding)
-        return log_mean_X + (direction_XE[:, :-1].float() * embedded_XE).sum(dim=1) + direction_XE[:, -1].float()
+        return (direction_XE[:, :-1].float() * embedded_XE).sum(dim=1) + direction_XE[:, -1].float()
 
     def gene_probabilities(self, cells: MaskedCells, output: DenoiserOutput) -> torch.Tensor:
         """Probability of each gene to be among the m hidden ones, ``(B, G)``; rows sum to m (set layout)."""
@@ -417,6 +442,8 @@ def init_native(network: NativeNetwork) -> None:
         nn.init.normal_(embedding.weight, std=0.02, generator=generator)
     for vector in (trunk.value_mask, trunk.slot, trunk.query):
         nn.init.normal_(vector, std=0.02, generator=generator)
-    for head in (trunk.query_direction, trunk.value_head_down):
+    for head in (trunk.query_direction, trunk.value_head_down, trunk.dispersion_head):
+        if head is None:
+            continue
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)

@@ -6,11 +6,13 @@ value, X both, G genes, E gene embedding, Z latent.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import scipy.sparse as sp
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from scdiva.data.statistics import GeneStatistics
@@ -18,7 +20,7 @@ from scdiva.data.thinning import split_counts
 from scdiva.diffusion import draw_masks, exact_count_masks, stratified_times
 from scdiva.losses import inclusion_nll, profile_nll, slot_nll, ztnb_expected_log1p, ztnb_nll
 from scdiva.models.scdiva.inputs import MaskedCells, OnDevice, PackedCells, Profile, Targets, Tokeniser
-from scdiva.models.scdiva.native import DenoiserOutput, NativeNetwork, SimpleModel
+from scdiva.models.scdiva.native import PER_GENE, DenoiserOutput, NativeNetwork, SimpleModel
 from scdiva.serialization import TokenOrder
 from scdiva.types import CellCounts, LossOutput
 
@@ -90,7 +92,8 @@ class NativeObjective(nn.Module):
     cell is treated in one of three ways: z comes from view A ~ Binomial(x, rho) and view B = x - A is denoised
     (``p_split``; the views are independent given the cell's rates, so z must carry the cell's state and cannot carry
     the answer; the spread of rho is the depth augmentation); or z pools the visible tokens of the whole cell
-    (``p_visible``); or z is the learned null.
+    (``p_visible``); or z is the learned null. With ``p_whole`` a fourth way is added, for generation from a prior over
+    z: z comes from view A, and the whole cell is denoised.
 
     *Weights.* Means over the hidden tokens of each cell, then over cells: the ELBO's weight 1/t up to a constant
     (methods A.6, B.1). Times are stratified over the minibatch. (All our decisions.)
@@ -143,6 +146,10 @@ class NativeObjective(nn.Module):
             nn.init.zeros_(self.log_sigma.weight)
             nn.init.constant_(self.log_sigma.bias, -2.0)
 
+    def gene_vectors(self) -> list[nn.Parameter]:
+        """Return the weights that hold one number per gene."""
+        return [p for name, p in self.network.named_parameters() if name in PER_GENE and p.ndim == 1]
+
     def prepare(self, cells: CellCounts, rng: np.random.Generator) -> SplitViews | DenoisedCells:
         """Split, mask and pack cells for training."""
         if not self.has_trunk_tasks:
@@ -150,9 +157,13 @@ class NativeObjective(nn.Module):
         config, n_cells = self.config, cells.n_cells
         treatment = rng.random(n_cells)
         is_split = treatment < config.p_split
-        is_null = treatment >= config.p_split + config.p_visible
-        rho = np.where(is_split, rng.uniform(config.rho_min, config.rho_max, n_cells), 0.0)
+        is_null = treatment >= config.p_split + config.p_whole + config.p_visible
+        is_whole = ~is_split & (treatment < config.p_split + config.p_whole)
+        has_view = is_split | is_whole
+        rho = np.where(has_view, rng.uniform(config.rho_min, config.rho_max, n_cells), 0.0)
         view_a, view_b = split_counts(cells, rho, rng)
+        if is_whole.any():
+            view_b = _with_rows(view_b, cells, is_whole)
         kind = np.searchsorted(
             np.cumsum([config.p_joint, config.p_values, config.p_staged]), rng.random(n_cells), side="right"
         )
@@ -163,7 +174,7 @@ class NativeObjective(nn.Module):
             masks,
             rng,
             view=view_a,
-            reads_view=is_split,
+            reads_view=has_view,
             is_null=is_null,
             condition_dropout=config.condition_dropout,
         )
@@ -280,7 +291,9 @@ class NativeObjective(nn.Module):
             ]
         )
         cell_X, gene_X, count_X, value_X = targets.values()
-        log_theta_X = network.log_theta[gene_X]
+        log_theta_X = torch.cat(
+            [network.log_dispersion(targets.gene_M, hidden), network.log_dispersion(targets.gene_V, visible)]
+        )
         # CP10K of one UMI: the library of a cell has genes beyond the vocabulary, which its depth here has not
         scale_X = torch.expm1(value_X) / count_X
         expected_X = ztnb_expected_log1p(log_mean_X, log_theta_X, scale_X)
@@ -367,6 +380,16 @@ class NativeObjective(nn.Module):
         logits = self.floor_detection_logit.expand(cells.n_cells, -1)
         nll_B = inclusion_nll(logits, cells.is_admissible_BG, cells.n_hidden_B, targets.cell_M, targets.gene_M)
         return nll_B, cells.n_hidden_B > 0
+
+
+def _with_rows(cells: CellCounts, other: CellCounts, is_other: NDArray[np.bool_]) -> CellCounts:
+    """Return cells with some of them replaced by those of ``other`` in the same places."""
+    rows = np.arange(cells.n_cells) + np.where(is_other, cells.n_cells, 0)
+    return replace(
+        cells,
+        counts=sp.vstack([cells.counts, other.counts], format="csr")[rows],
+        library_size=np.where(is_other, other.library_size, cells.library_size),
+    )
 
 
 def tokeniser_of(model: NativeConfig, statistics: GeneStatistics) -> Tokeniser:

@@ -1,0 +1,99 @@
+"""``scdiva evaluate generation FILE``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from scdiva.cli.common import DeviceOption, FileArgument, LayerOption, ModelOption
+
+_DEFAULT = "scdiva-blood-tiny"
+
+
+def evaluate_generation(
+    file: FileArgument,
+    out: Annotated[Path, typer.Option("--out", help="Folder for report, rows, cells and picture; resumes from it.")],
+    labels_key: Annotated[str, typer.Option("--labels-key", help=".obs column with the cell types.")] = "cell_type",
+    model: ModelOption = _DEFAULT,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option("--methods", help="Run only this method (repeatable); 'scdiva' is the model."),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds, each with a split of its own.")] = 3,
+    train_fraction: Annotated[
+        float, typer.Option("--train-fraction", min=0.05, max=0.95, help="Share of each type that is trained on.")
+    ] = 0.7,
+    generated: Annotated[
+        Path | None,
+        typer.Option("--generated", help="Judge these cells instead of a model; needs --heldout. FILE: trained on."),
+    ] = None,
+    heldout: Annotated[
+        Path | None, typer.Option("--heldout", help="Real cells that --generated was not trained on.")
+    ] = None,
+    unit: Annotated[
+        str, typer.Option("--unit", help="What --generated holds: counts, cp10k or log1p_cp10k.")
+    ] = "counts",
+    n_trees: Annotated[int, typer.Option("--trees", min=1, help="Trees of the random forest.")] = 300,
+    layer: LayerOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Judge generated cells by held-out real ones, beside simple generators, a null control and a ceiling."""
+    if unit not in ("counts", "cp10k", "log1p_cp10k"):
+        raise typer.BadParameter(f"{unit!r} is none of counts, cp10k, log1p_cp10k", param_hint="--unit")
+    from scdiva.errors import ConfigError, OutputError
+
+    if (generated is None) != (heldout is None):
+        raise ConfigError(
+            "--generated without --heldout" if heldout is None else "--heldout without --generated",
+            expected="both, and FILE with the cells that the generator was trained on",
+            fix="give both: cells that were trained on say nothing about a generator",
+        )
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file", expected="a folder", fix="name another one with --out")
+    from scdiva.tasks import evaluate_generation as task
+
+    shared: dict[str, Any] = {
+        "labels_key": labels_key,
+        "methods": methods,
+        "seeds": tuple(range(seeds)),
+        "layer": layer,
+        "n_trees": n_trees,
+        "rows_path": out / "rows.jsonl",
+        "on_row": lambda run: typer.echo(str(run)),
+    }
+    if generated is not None and heldout is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        report = task.evaluate_generated(file, heldout, generated, unit=unit, **shared)  # type: ignore[arg-type]
+    else:
+        generators = {}
+        if methods is None or "scdiva" in methods:
+            from scdiva.models.scdiva import ScDiVa
+
+            loaded = ScDiVa.from_pretrained(model, device=device)
+            generators["scdiva"] = task.generator_of("scdiva", loaded, labels_key)
+            # rows of another model, or of another version of it, are not its rows
+            generators["scdiva"].fingerprint = loaded.bundle_hash  # type: ignore[attr-defined]
+        out.mkdir(parents=True, exist_ok=True)
+        report = task.evaluate_generation(
+            file, generators, train_fraction=train_fraction, cells_folder=out / "cells", **shared
+        )
+        _draw(out, report.ours, labels_key)
+    for path in report.write(out):
+        typer.echo(str(path))
+
+
+def _draw(out: Path, ours: tuple[str, ...], labels_key: str) -> None:
+    """Draw the cells of the first seed: held out, ours and the first baseline there is."""
+    import anndata as ad
+
+    from scdiva.pl import generation
+    from scdiva.tasks.evaluate_generation import BASELINES
+
+    there = [name for name in (*ours, *BASELINES) if (out / "cells" / f"{name}.h5ad").exists()]
+    if not there:
+        return
+    chosen = {name: ad.read_h5ad(out / "cells" / f"{name}.h5ad") for name in there[:2]}
+    generation(ad.read_h5ad(out / "cells" / "heldout.h5ad"), chosen, out / "generation.png", color=labels_key)
+    typer.echo(str(out / "generation.png"))

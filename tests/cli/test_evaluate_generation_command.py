@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from scdiva.cli.evaluate_generation import evaluate_generation
+from scdiva.datasets import synthetic_cells
+from scdiva.errors import ScdivaError
+from scdiva.metrics.generation_classifiers import CLASSIFIERS
+from scdiva.tasks import evaluate_generation as task
+
+METHODS = ["multinomial", "shuffled", "ceiling"]
+FLAGS = [flag for name in METHODS for flag in ("--methods", name)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_judges():
+    """The judges themselves are tested elsewhere: two that take seconds are replaced by one that takes none."""
+    from sklearn.naive_bayes import GaussianNB
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("logistic", "mlp"):
+            patch.setitem(CLASSIFIERS, name, lambda seed, n_trees: GaussianNB())
+        yield
+
+
+@pytest.fixture
+def app():
+    app = typer.Typer()
+    app.command()(evaluate_generation)
+    return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=True)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "cells.h5ad"
+    synthetic_cells(300, 120, n_types=3, n_batches=1, mean_depth=600.0, seed=3).write_h5ad(path)
+    return path
+
+
+def test_a_file_and_python_give_equal_results(app, file, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    drawn = []
+    monkeypatch.setattr("scdiva.pl.generation", lambda real, made, path, color: drawn.append((real, made, path, color)))
+    done = app(file, "--out", out, *FLAGS, "--seeds", 1, "--trees", 5)
+    assert done.exit_code == 0, done.output
+    for name in METHODS:
+        assert f"{name}, seed 0: C2ST forest" in done.output
+    names = sorted(p.name for p in out.iterdir())
+    assert names == ["cells", "report.json", "report.md", "rows.jsonl"]
+    ((real, made, path, color),) = drawn
+    assert (list(made), path, color) == (["multinomial"], out / "generation.png", "cell_type")
+    assert real.n_obs == made["multinomial"].n_obs
+    expected = task.evaluate_generation(file, labels_key="cell_type", methods=METHODS, seeds=(0,), n_trees=5)
+    found = json.loads((out / "report.json").read_text())
+    assert found["summary"] == json.loads(expected.to_json())["summary"]
+    again = app(file, "--out", out, *FLAGS, "--seeds", 1, "--trees", 5)
+    assert again.exit_code == 0
+    assert json.loads((out / "report.json").read_text())["runs"] == found["runs"]  # seconds too: nothing ran anew
+
+
+def test_cells_made_elsewhere(app, file, tmp_path):
+    import anndata as ad
+
+    cells = ad.read_h5ad(file)
+    order = np.random.default_rng(0).permutation(300)
+    for name, rows in {"train": order[:200], "heldout": order[200:], "made": order[:100]}.items():
+        cells[np.sort(rows)].copy().write_h5ad(tmp_path / f"{name}.h5ad")
+    paths = [tmp_path / f"{name}.h5ad" for name in ("train", "made", "heldout")]
+    done = app(paths[0], "--generated", paths[1], "--heldout", paths[2], "--out", tmp_path / "out", *FLAGS[:2],
+               "--seeds", 1, "--trees", 5)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["ours"] == ["generated"]
+    copies = [r["value"] for r in report["runs"][0]["rows"] if r["metric"] == "n_copies" and r["scope"] == "pooled"]
+    assert copies[0] > 80
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--generated", "x.h5ad"], ["--heldout", "x.h5ad"], ["--methods", "scdeva"], ["--labels-key", "type"]]
+)
+def test_bad_input_is_an_error_of_ours_and_leaves_nothing(arguments, app, file, tmp_path):
+    done = app(file, "--out", tmp_path / "out", "--methods", "multinomial", *arguments)
+    assert isinstance(done.exception, ScdivaError)
+    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
+def test_an_unknown_unit_is_a_bad_parameter(app, file, tmp_path):
+    assert app(file, "--out", tmp_path / "out", "--unit", "tpm").exit_code == 2
