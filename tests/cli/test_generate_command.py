@@ -147,12 +147,12 @@ class TestConditionalFineTuning:
         "--set", "training.precision='fp32'", "--set", "training.device='cpu'",
     )  # fmt: skip
 
-    @pytest.mark.parametrize("objective", [("--objective", "conditional"), ()])
-    def test_what_it_makes_can_generate(self, objective, cli, saved, adata, tmp_path):
+    def test_what_it_makes_can_generate(self, cli, saved, adata, tmp_path, monkeypatch):
+        monkeypatch.setattr("scdiva.tasks.pretrain._SETTLING_CELLS", 32)
         adata.obs["lane"] = np.where(np.arange(120) % 2 == 0, "left", "right")
         adata.write_h5ad(tmp_path / "mine.h5ad")
         result = cli(
-            "finetune", tmp_path / "mine.h5ad", "--model", saved, *objective, "--condition", "lane",
+            "finetune", tmp_path / "mine.h5ad", "--model", saved, "--objective", "conditional", "--condition", "lane",
             "--out", tmp_path / "run", *self.SHORT,
         )  # fmt: skip
         assert result.code == 0, result.err

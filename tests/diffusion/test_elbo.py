@@ -1,4 +1,4 @@
-"""The training masks estimate the exact any-order likelihood of a model so small that every order can be written out."""
+"""The training masks estimate the exact any-order likelihood of a model so small that every order is written out."""
 
 from __future__ import annotations
 

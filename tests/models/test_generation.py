@@ -305,7 +305,8 @@ class TestDraw:
     def wish(self, model, n: int = 4) -> Wish:
         n_genes = model.vocabulary.n_genes
         return Wish(
-            depth=np.full(n, 300), library_size=np.full(n, 320.0), condition=np.ones((n, model.labels.n_fields), np.int32),
+            depth=np.full(n, 300), library_size=np.full(n, 320.0),
+            condition=np.ones((n, model.labels.n_fields), dtype=np.int32),
             is_measured=np.tile(np.arange(n_genes) < 150, (n, 1)), weight=np.ones(model.labels.n_fields),
         )  # fmt: skip
 

@@ -202,7 +202,7 @@ def test_rows_of_other_data_or_settings_are_not_used(cells, tmp_path):
     task.evaluate_generation(cells, {"ours": ours}, **options)
     task.evaluate_generation(cells, {"ours": ours}, **{**options, "n_trees": 6})
     other = cells.copy()
-    other.X.data[0] += 1
+    other.X.data[-1] += 1
     task.evaluate_generation(other, {"ours": ours}, **options)
     ours.fingerprint = "another checkpoint"
     task.evaluate_generation(cells, {"ours": ours}, **options)

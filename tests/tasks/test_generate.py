@@ -76,7 +76,7 @@ class TestWhatComesOut:
         assert (cells.obs["scdiva_n_umis"] >= cells.obs["scdiva_n_genes"]).all()
         assert cells.obs_names.is_unique
         ids = {str(name) for name in model.vocabulary.ensembl_id}
-        found = cells.var["ensembl_id"] if "ensembl_id" in cells.var else cells.var_names
+        found = cells.var.get("ensembl_id", cells.var_names)
         assert list(found) == [str(name) for name in model.vocabulary.ensembl_id]
         assert set(found) == ids
         assert cells.var_names.is_unique
@@ -88,7 +88,7 @@ class TestWhatComesOut:
         assert record["sampler"]["n_steps"] == 3
         assert list(record["notes"]) == []
 
-    def test_genes_that_no_training_cell_measured_are_absent(self, model, _cells):
+    def test_genes_that_no_training_cell_measured_are_absent(self, model, adata):
         cells = made(model, 40)
         is_unmeasured = cells.var["scdiva_measured"] == 0
         assert is_unmeasured.sum() == 20  # of the vocabulary's genes, those that the synthetic cells lack
@@ -118,8 +118,8 @@ class TestWhatComesOut:
         assert "cell_type" not in cells.obs
         assert cells.uns["scdiva"]["generate"]["guidance_weights"] == {}
 
-    def test_a_model_without_trunk_generates_too(self, tiny_model, _cells):
-        cells = sd.tl.generate(generating(tiny_model, _cells), 10, sampler=FEW)
+    def test_a_model_without_trunk_generates_too(self, tiny_model, adata):
+        cells = sd.tl.generate(generating(tiny_model, adata), 10, sampler=FEW)
         assert cells.X.nnz == cells.obs["scdiva_n_genes"].sum()
 
     def test_they_can_be_embedded_and_checked(self, model):
@@ -187,13 +187,13 @@ class TestConditions:
         table = pd.DataFrame({"cell_type": pd.Categorical(["type 1"] * 20, categories=TYPES)}, index=range(50, 70))
         assert_equal_cells(made(model, condition=table), made(model))
 
-    def test_cells_are_most_like_their_type(self, model, _cells):
+    def test_cells_are_most_like_their_type(self, model, adata):
         """By the likelihood of their counts under the mean profiles of real cells."""
-        symbols = [name for name in _cells.var_names if name in set(model.vocabulary.symbol)]
+        symbols = [name for name in adata.var_names if name in set(model.vocabulary.symbol)]
         column = {str(s): i for i, s in enumerate(model.vocabulary.symbol)}
         log_share = np.log(
             np.stack([
-                np.asarray(_cells[(_cells.obs["cell_type"] == kind).to_numpy(), symbols].X.sum(axis=0)).ravel() + 1.0
+                np.asarray(adata[(adata.obs["cell_type"] == kind).to_numpy(), symbols].X.sum(axis=0)).ravel() + 1.0
                 for kind in TYPES
             ])
         )  # fmt: skip
@@ -221,11 +221,11 @@ class TestConditions:
         for word in words:
             assert word in str(error.value)
 
-    def test_a_combination_that_no_training_cell_had_is_told(self, tiny_trunk_model, _cells):
+    def test_a_combination_that_no_training_cell_had_is_told(self, tiny_trunk_model, adata):
         from scdiva.data.conditions import ConditionLabels
         from scdiva.models.scdiva.init import grow
 
-        cells = _cells.copy()
+        cells = adata.copy()
         cells.obs["lane"] = np.where(cells.obs["cell_type"] == "type 0", "left", "right")
         of = tiny_trunk_model
         labels = of.labels.merged(ConditionLabels((("lane", ("left", "right")),)))
@@ -519,6 +519,10 @@ class TestFineTuned:
             "training": {"max_steps": 3, "batch_size": 16, "validate_every": 1, "device": "cpu", "precision": "fp32"},
         }
     )
+
+    @pytest.fixture(autouse=True)
+    def few_cells_settle_the_depth(self, monkeypatch):
+        monkeypatch.setattr("scdiva.tasks.pretrain._SETTLING_CELLS", 64)
 
     def test_its_bundle_has_a_population_of_the_training_cells(self, tiny_trunk_model, adata, tmp_path):
         adata.obs["lane"] = np.where(np.arange(120) % 3 == 0, "left", "right")

@@ -72,7 +72,7 @@ def evaluate_generation(
             from scdiva.models.scdiva import ScDiVa
 
             loaded = ScDiVa.from_pretrained(model, device=device)
-            generators["scdiva"] = task.generator_of("scdiva", loaded, labels_key)
+            generators["scdiva"] = task.generator_of("scdiva", loaded, labels_key, folder=out / "models")
             # rows of another model, or of another version of it, are not its rows
             generators["scdiva"].fingerprint = loaded.bundle_hash  # type: ignore[attr-defined]
         out.mkdir(parents=True, exist_ok=True)

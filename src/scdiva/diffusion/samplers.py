@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal, Protocol
 
 import numpy as np
@@ -73,7 +74,7 @@ class SetPrediction(Protocol):
     """What a denoiser says of cells in the making."""
 
     @property
-    def inclusion_BG(self) -> torch.Tensor:  # noqa: N802 - a shape suffix
+    def inclusion_BG(self) -> torch.Tensor:
         """Probability of each gene to be hidden in the cell; rows sum to ``n_hidden_B``; 0 for visible genes."""
         ...
 
@@ -150,8 +151,7 @@ def sample_sets(predict: Predict, start: SetState, sampler: Sampler, generator: 
             state = replace(state, t_B=state.t_B * u_B ** (1.0 / state.n_hidden_B.clamp_min(1)))
             state = _reveal(predict(state), state, (state.n_hidden_B > 0).to(torch.int64), generator)
     else:
-        times = sampler.times()
-        for t, s in zip(times, times[1:], strict=False):
+        for t, s in pairwise(sampler.times()):
             state = _step(predict, state, n_total_B, (t, s), sampler, generator)
     for _ in range(sampler.gibbs_rounds):
         n_visible_B = (state.count_BG > 0).sum(dim=1)

@@ -716,6 +716,10 @@ def _evaluate(
     cells_folder: Path | None,
     on_row: Callable[[MethodRun], None] | None,
 ) -> GenerationReport:
+    import torch  # deferred: heavy, and --help does not need it
+
+    # scikit-learn and scanpy set the number of OpenMP threads of the whole process, and with it torch's
+    n_threads = torch.get_num_threads()
     known = {} if rows_path is None else {run.key: run for run in read_rows(rows_path)}
     content = _content_hash(data.cells, data.var_names)
     runs: list[MethodRun] = []
@@ -746,6 +750,7 @@ def _evaluate(
             else:
                 keep = cells_folder if seed == next(iter(splits)) else None
                 job = _Job(data, split, train, heldout, reference, labels_key, seed, n_trees, min_cells_per_type)
+                torch.set_num_threads(n_threads)
                 run = _run(job, method, own.get(method), key, keep)
                 if rows_path is not None:
                     _append(rows_path, run)

@@ -565,44 +565,47 @@ def scdiva_generator(
     *,
     sampler: Sampler | None = None,
     latent: LatentName = DEFAULT_LATENT,
-    steps: int = 0,
+    n_training_steps: int = 0,
+    folder: Path | None = None,
 ) -> Callable[[AnnData, Mapping[str, int], int], AnnData]:
     """Return what evaluations call: fine-tune a model on training cells, then generate cells of each label.
 
     Parameters
     ----------
     base
-        The model to start from.
+        The model to start from; it must not have seen the cells that are held out.
     labels_key
         Column of ``.obs`` with the labels.
     sampler, latent
         As in :func:`plan_cells`.
-    steps
+    n_training_steps
         Fine-tuning steps; 0: as many as ``scdiva finetune --objective conditional`` takes.
+    folder
+        Where the fine-tuned models go, one folder per seed; an interrupted training resumes from there. None: they are
+        not kept.
     """
-    import tempfile
-
-    import pandas as pd
-
-    from scdiva.config import apply_overrides
-    from scdiva.tasks.pretrain import adapt, conditioning_config
 
     def fit_and_generate(train: AnnData, wanted: Mapping[str, int], seed: int) -> AnnData:
+        # deferred: training takes seconds to load, which generation alone need not wait for
+        import tempfile
+
+        import pandas as pd
+
+        from scdiva.config import apply_overrides
+        from scdiva.tasks.pretrain import adapt, conditioning_config
+
         config = conditioning_config(seed=seed)
-        if steps:
-            config = apply_overrides(config, [f"training.max_steps={steps}"])
-        with tempfile.TemporaryDirectory() as folder:
-            model = adapt(
-                train,
-                base,
-                folder,
-                config=config,
-                conditions=[labels_key],
-                only_measured_genes=True,
-                progress=False,
-            ).model
+        if n_training_steps:
+            config = apply_overrides(config, [f"training.max_steps={n_training_steps}"])
+        with tempfile.TemporaryDirectory() as temporary:
+            run = Path(temporary) if folder is None else folder / f"seed-{seed}"
+            trained = adapt(
+                train, base, run, config=config, conditions=[labels_key], only_measured_genes=True, progress=False
+            )
         labels = [label for label, n in wanted.items() for _ in range(n)]
-        plan = plan_cells(model, pd.DataFrame({labels_key: labels}), None, sampler=sampler, latent=latent, seed=seed)
-        return generate(model, plan)
+        table = pd.DataFrame({labels_key: labels})
+        return generate(
+            trained.model, plan_cells(trained.model, table, None, sampler=sampler, latent=latent, seed=seed)
+        )
 
     return fit_and_generate
