@@ -86,8 +86,9 @@ def _generate(path: Path) -> list[str]:
     cells.write_h5ad(path)
     real = load("zheng_sorted7_3500")
     lines = [
-        f"{cells.n_obs} cells, {cells.n_obs / seconds:.0f} cells/s; median {np.median(np.diff(cells.X.indptr)):.0f} genes "
-        f"and {np.median(np.asarray(cells.X.sum(axis=1))):.0f} UMIs per cell",
+        f"{cells.n_obs} cells, {cells.n_obs / seconds:.0f} cells/s; median "
+        f"{np.median(np.diff(cells.X.indptr)):.0f} genes and "
+        f"{np.median(np.asarray(cells.X.sum(axis=1))):.0f} UMIs per cell",
         f"{'share of cells with a count, generated (real)':<46}" + "".join(f"{gene:>16}" for gene in _MARKERS.values()),
     ]
     for name in _MARKERS:

@@ -18,6 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 from scdiva.data.conditions import label_text
 from scdiva.data.output import check_output, replacing
 from scdiva.data.population import DrawnSizes
+from scdiva.data.reader import open_counts
+from scdiva.data.source import open_source
 from scdiva.diffusion.samplers import Sampler
 from scdiva.errors import BundleError, ConfigError, KeyNotFoundError
 from scdiva.models.scdiva.generation import Wish
@@ -602,10 +604,13 @@ def scdiva_generator(
             trained = adapt(
                 train, base, run, config=config, conditions=[labels_key], only_measured_genes=True, progress=False
             )
+        model = trained.model
         labels = [label for label, n in wanted.items() for _ in range(n)]
         table = pd.DataFrame({labels_key: labels})
-        return generate(
-            trained.model, plan_cells(trained.model, table, None, sampler=sampler, latent=latent, seed=seed)
-        )
+        cells = generate(model, plan_cells(model, table, None, sampler=sampler, latent=latent, seed=seed))
+        # genes by the names of the training cells, whatever the vocabulary calls them
+        columns = open_counts(open_source(train), model.vocabulary).alignment.source_of_gene()
+        cells.var_names = [str(train.var_names[columns[gene][0]]) for gene in range(model.vocabulary.n_genes)]
+        return cells
 
     return fit_and_generate

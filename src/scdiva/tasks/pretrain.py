@@ -32,9 +32,9 @@ from scdiva.models.prior import MixturePrior, Population
 from scdiva.models.scdiva.calibration import calibrate
 from scdiva.models.scdiva.generation import Wish
 from scdiva.models.scdiva.init import MAX_CELLS, grow, init_network, simple_model
+from scdiva.models.scdiva.inputs import MaskedCells, Targets
 from scdiva.models.scdiva.model import Network, ScDiVa, build_network
 from scdiva.models.scdiva.native import NativeNetwork, SimpleModel
-from scdiva.models.scdiva.inputs import MaskedCells, Targets
 from scdiva.models.scdiva.objectives import DenoisedCells, NativeObjective
 from scdiva.models.scdiva.official import OfficialNetwork
 from scdiva.models.scdiva.official_objective import OfficialObjective
@@ -401,7 +401,7 @@ def population_of(model: ScDiVa, cells: CellCollection, indices: NDArray[np.int6
         return None
     rng = np.random.default_rng([seed, _POPULATION_STREAM])
     chosen = indices if indices.size <= MAX_RECORDS else np.sort(rng.choice(indices, MAX_RECORDS, replace=False))
-    blocks = [block for block in ordered_blocks(cells, _BLOCK, indices=chosen)]
+    blocks = list(ordered_blocks(cells, _BLOCK, indices=chosen))
     # z of a part of each cell: of a whole one it would follow its noise, which a cell drawn from it would repeat
     z = np.concatenate([model.embed(thin_counts(block, PRIOR_VIEW_SHARE, rng)) for block in blocks])
     condition = np.concatenate([block.condition for block in blocks])

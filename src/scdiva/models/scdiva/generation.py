@@ -4,10 +4,10 @@ Guidance (methods B.8) works in log-probability space and, for counts, on log-me
 
     log p = log p_all + sum_j (w_j(t) - 1) (log p_j - log p_0),     w_j(t) = 1 + (w_j - 1) (1 - t)
 
-p_all knows all wanted conditions, p_j only the jth and p_0 none. With every w_j = 1 this is plain conditioning on all of
-them, with one condition it is classifier-free guidance; strong guidance early, when nearly everything is hidden, hurts,
-and so it grows as genes appear. Each p is normalised before they are combined: guidance changes what is revealed,
-never how fast. (The combination for several conditions is our decision.)
+p_all knows all wanted conditions, p_j only the jth and p_0 none. With every w_j = 1 this is plain conditioning on all
+of them, with one condition it is classifier-free guidance; strong guidance early, when nearly everything is hidden,
+hurts, and so it grows as genes appear. Each p is normalised before they are combined: guidance changes what is
+revealed, never how fast. (The combination for several conditions is our decision.)
 
 Shape letters: B cells, G genes, C condition fields, J networks calls that guidance combines, Z latent, X drawn genes.
 """

@@ -290,7 +290,7 @@ class NativeObjective(nn.Module):
                 network.log_mean(output, targets.cell_V, targets.gene_V, visible),
             ]
         )
-        cell_X, gene_X, count_X, value_X = targets.values()
+        cell_X, _, count_X, value_X = targets.values()
         log_theta_X = torch.cat(
             [network.log_dispersion(targets.gene_M, hidden), network.log_dispersion(targets.gene_V, visible)]
         )
