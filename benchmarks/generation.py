@@ -27,7 +27,7 @@ from scdiva.metrics.generation_genes import library_size_ks, zero_fraction_error
 from scdiva.metrics.generation_space import LabelledCells, ReferenceSpace
 from scdiva.models.scdiva import ScDiVa
 from scdiva.pl import steps as draw_steps
-from scdiva.tasks.evaluate_generation import GenerationData, split_cells
+from scdiva.tasks.evaluate_generation import GenerationData, known_cells, split_cells
 from scdiva.tasks.generate import generate, plan_cells
 
 N_TREES = 300
@@ -90,25 +90,23 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = ScDiVa.from_pretrained(arguments.model, device="cpu")
-    data = GenerationData.open(arguments.data, arguments.labels_key)
+    known, what = known_cells(arguments.data, model.vocabulary, arguments.labels_key)
+    print(what, flush=True)
+    data = GenerationData.open(known, arguments.labels_key)
     split = split_cells(data.cells.labels, 0.7, 0)
     third = data.cells.take(split.train[~split.is_sample])
     space = ReferenceSpace.fit(third.counts, seed=0)
     rng = np.random.default_rng(0)
     chosen = rng.permutation(split.heldout)[: arguments.n_cells]
     real = data.cells.take(np.sort(chosen))
-    column = {name: i for i, name in enumerate(data.var_names)}
 
     def made(sampler: Sampler, labels: np.ndarray) -> tuple[LabelledCells, float]:
         table = pd.DataFrame({arguments.labels_key: labels})
         started = time.perf_counter()
         cells = generate(model, plan_cells(model, table, None, sampler=sampler, seed=0))
         speed = cells.n_obs / (time.perf_counter() - started)
-        known = [i for i, name in enumerate(cells.var_names) if name in column]
-        counts = cells.X[:, known].tocoo()
-        places = np.array([column[cells.var_names[i]] for i in known])
-        aligned = type(cells.X)((counts.data, (counts.row, places[counts.col])), shape=(cells.n_obs, len(column)))
-        return LabelledCells(aligned, labels), speed
+        assert cells.n_vars == data.cells.counts.shape[1]  # the genes of the model, in its order
+        return LabelledCells(cells.X, labels), speed
 
     print(HEADER, flush=True)
     # real training cells of the same types in the place of generated ones

@@ -61,6 +61,7 @@ METHODS = {
     "scvi_own": "the same, corrected by the own count as ours",
     "own": "the visible counts themselves",
     "types": "mean of the cell's true type × depth (told the labels)",
+    "types_own": "the same, corrected by the own count as ours",
     "permuted": "null: scdiva with genes permuted",
 }
 SLOW = ("scdiva_hidden", "scdiva_adapted", "scvi", "scvi_own")
@@ -154,6 +155,7 @@ class Bench:
             "scvi_own": lambda t: corrected_by_own(self.model, t, self.scvi(t)),
             "own": own_counts_smoothed,
             "types": type_means,
+            "types_own": lambda t: corrected_by_own(self.model, t, type_means(t)),
             "permuted": lambda t: genes_permuted(ours(self.model, t), t.depth, seed=t.seed),
         }
 
@@ -279,6 +281,9 @@ def run_unmeasured(bench: Bench, name: str, seed: int) -> None:
 
 def intervals(bench: Bench, name: str) -> list[float]:
     """Share of held-out counts B within the 5 % to 95 % draws from A, of all entries and of expected counts > 0.5."""
+    file = bench.cache / f"{name}.intervals.{bench.model.bundle_hash[:12]}.json"
+    if file.exists():
+        return json.loads(file.read_text(encoding="utf-8"))
     adata, genes = bench.load(name)
     some = np.sort(np.random.default_rng(4).permutation(adata.n_obs)[:N_INTERVAL_CELLS])
     counts = adata.X[some]
@@ -294,6 +299,8 @@ def intervals(bench: Bench, name: str) -> list[float]:
         is_seen = expected > 0.5
         found += [coverage(heldout, low, high), coverage(heldout[is_seen], low[is_seen], high[is_seen])]
     print(f"{name}: coverage of 5 % to 95 % {found}", flush=True)
+    with replacing(file) as partial:
+        partial.write_text(json.dumps(found), encoding="utf-8")
     return found
 
 

@@ -279,6 +279,11 @@ class TestVariations:
         np.testing.assert_array_equal(n[10:20], n[:10])
         assert (cells.X[:10] != cells.X[10:20]).nnz > 0
 
+    def test_groups_that_are_drawn_after_each_other_differ(self, model, adata, in_small_parts):
+        # the same cell again and again: nothing but the random stream tells the groups of 8 apart
+        cells = sd.tl.generate(model, 24, like=adata[:1].copy(), sampler=FEW)
+        assert len({cells.X[i].toarray().tobytes() for i in range(24)}) == 24
+
     def test_they_resemble_their_cells_more_than_others(self, model, adata):
         real = adata[:60].copy()
         cells = sd.tl.generate(model, like=real, sampler=sd.Sampler())

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from scdiva.cli.common import DeviceOption, FileArgument, LayerOption, ModelOption
-
-if TYPE_CHECKING:
-    from anndata import AnnData
-
-    from scdiva.models.scdiva import ScDiVa
 
 _DEFAULT = "scdiva-blood-tiny"
 
@@ -81,7 +76,8 @@ def evaluate_generation(
             generators["scdiva"] = task.generator_of("scdiva", loaded, labels_key, folder=out / "models")
             # rows of another model, or of another version of it, are not its rows
             generators["scdiva"].fingerprint = loaded.bundle_hash  # type: ignore[attr-defined]
-            data = _known_cells(file, loaded, labels_key, layer)
+            data, what = task.known_cells(file, loaded.vocabulary, labels_key, layer=layer)
+            typer.echo(what)
         out.mkdir(parents=True, exist_ok=True)
         report = task.evaluate_generation(
             data, generators, train_fraction=train_fraction, cells_folder=out / "cells", **shared
@@ -89,28 +85,6 @@ def evaluate_generation(
         _draw(out, report.ours, labels_key)
     for path in report.write(out):
         typer.echo(str(path))
-
-
-def _known_cells(file: Path, model: ScDiVa, labels_key: str, layer: str | None) -> AnnData:
-    """Return the cells in the genes that the model knows and the file measures: all methods are judged on these."""
-    import anndata as ad
-    import numpy as np
-
-    from scdiva.data.reader import open_counts
-    from scdiva.data.source import open_source
-
-    source = open_source(file)
-    reader = open_counts(source, model.vocabulary, layer=layer)
-    cells = reader.read(np.arange(len(reader)))
-    is_measured = reader.alignment.is_measured
-    share = 1.0 - cells.counts.sum() / cells.library_size.sum()
-    typer.echo(
-        f"{int(is_measured.sum()):,} genes that {model.name} knows and {source.name} measures; {share:.2%} of the UMIs "
-        "are in others, and are left out for all methods"
-    )
-    var = model.vocabulary.annotation()[is_measured]
-    obs = source.obs[[labels_key]].copy() if labels_key in source.obs else source.obs.iloc[:, :0].copy()
-    return ad.AnnData(X=cells.counts[:, is_measured], obs=obs, var=var)
 
 
 def _draw(out: Path, ours: tuple[str, ...], labels_key: str) -> None:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from scdiva.baselines import generation as baselines
 from scdiva.data.conditions import is_missing, label_text
 from scdiva.data.output import replacing
-from scdiva.data.reader import find_counts, is_gene_expression
+from scdiva.data.reader import find_counts, is_gene_expression, open_counts
 from scdiva.data.source import open_source
 from scdiva.errors import (
     ConfigError,
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from scdiva.data.source import DataLike
+    from scdiva.genes import GeneVocabulary
 
 Generator: TypeAlias = "Callable[[AnnData, Mapping[str, int], int], AnnData]"
 """``(train, wanted, seed) -> generated``: ``train`` holds raw counts in X and types in ``.obs[labels_key]``; ``wanted``
@@ -444,6 +445,34 @@ class GenerationData:
         """Return some cells as a generator is given them: raw counts in X, types in ``.obs``."""
         part = self.cells.take(rows)
         return _as_anndata(part, self.obs_names[rows], self.var_names, labels_key)
+
+
+def known_cells(
+    data: DataLike, vocabulary: GeneVocabulary, labels_key: str, *, layer: str | None = None
+) -> tuple[AnnData, str]:
+    """Return cells in the genes that a model knows and the data measure, and how much that leaves out.
+
+    Genes that a model cannot make would tell its cells from real ones whatever it makes of the others: all methods are
+    judged on the genes that it knows.
+
+    Raises
+    ------
+    SourceError, ScaleError, GeneError
+        The data cannot be used.
+    """
+    import anndata as ad
+
+    source = open_source(data)
+    reader = open_counts(source, vocabulary, layer=layer)
+    cells = reader.read(np.arange(len(reader)))
+    is_measured = reader.alignment.is_measured
+    share = 1.0 - cells.counts.sum() / cells.library_size.sum()
+    what = (
+        f"{int(is_measured.sum()):,} genes of {source.name} are known to the model; {share:.2%} of the UMIs are in "
+        "others, which are left out for all methods"
+    )
+    obs = source.obs[[labels_key]].copy() if labels_key in source.obs else source.obs.iloc[:, :0].copy()
+    return ad.AnnData(X=cells.counts[:, is_measured], obs=obs, var=vocabulary.annotation()[is_measured]), what
 
 
 @dataclass(frozen=True, slots=True)

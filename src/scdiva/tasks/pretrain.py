@@ -229,7 +229,8 @@ def adapt(
             fix="name another model, or leave the conditions out",
         )
     if conditions:
-        trunk = config_of_model.trunk.model_copy(update={"dispersion": "state"})
+        # offsets by label come anew, with the calibration
+        trunk = config_of_model.trunk.model_copy(update={"dispersion": "state", "label_offsets": ""})
         config_of_model = config_of_model.model_copy(update={"trunk": trunk})
     reader = open_counts(open_source(data), model.vocabulary, layer=layer, min_coverage=min_coverage)
     if only_measured_genes:
@@ -258,8 +259,12 @@ def adapt(
     # only a model that draws counts of sets has numbers to calibrate, and only one that was trained to do so
     has_heads = settings.identity_weight > 0 and settings.value_weight > 0
     is_generator = has_heads and trunk.value_likelihood == "ztnb" and trunk.layout == "set"
-    finish = partial(_calibrate, task, cells, train, loop) if conditions and is_generator else None
+    is_calibrated = bool(conditions) and is_generator
+    finish = partial(_calibrate, task, cells, train, loop, labels, conditions[0]) if is_calibrated else None
     fitted, metrics = _fit(task, cells, train, heldout, loop, out, identity, progress=progress, finish=finish)
+    if is_calibrated:
+        trunk = config_of_model.trunk.model_copy(update={"label_offsets": conditions[0]})
+        config_of_model = config_of_model.model_copy(update={"trunk": trunk})
     record = _training_record(corpus, groups, train, heldout, fitted, loop, ["the user's own data"])
     what = f"with labels of {', '.join(conditions)} as conditions" if conditions else "without labels"
     details = {
@@ -273,7 +278,7 @@ def adapt(
     }
     adapted = ScDiVa(network, config_of_model, model.vocabulary, model.statistics, details=details, labels=labels)
     adapted.population = population_of(adapted, cells, train, seed=loop.seed)
-    if conditions and is_generator:
+    if is_calibrated:
         _settle_depth(adapted, seed=loop.seed)
     return _saved(adapted, out, fitted)
 
@@ -331,7 +336,14 @@ PRIOR_VIEW_SHARE = 0.5
 _CALIBRATION_CELLS = 2048
 
 
-def _calibrate(objective: NativeObjective, cells: CellCollection, train: NDArray[np.int64], config: LoopConfig) -> None:
+def _calibrate(
+    objective: NativeObjective,
+    cells: CellCollection,
+    train: NDArray[np.int64],
+    config: LoopConfig,
+    labels: ConditionLabels,
+    field: str,
+) -> None:
     """Bring the numbers of single genes to their best for the training cells (``models.scdiva.calibration``).
 
     Cells are masked as they are generated: whole, with their conditions, and with a z of their own. A dispersion that
@@ -349,7 +361,13 @@ def _calibrate(objective: NativeObjective, cells: CellCollection, train: NDArray
             assert isinstance(inputs, DenoisedCells)
             yield inputs.cells, inputs.targets
 
-    calibrate(objective.network.cpu(), masked(), use_bf16=uses_bf16(config.training.precision, "cpu"))
+    calibrate(
+        objective.network.cpu(),
+        masked(),
+        use_bf16=uses_bf16(config.training.precision, "cpu"),
+        label_field=labels.fields.index(field),
+        n_labels=len(labels.labels(field)),
+    )
     objective.config = usual
 
 

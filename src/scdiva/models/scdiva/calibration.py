@@ -31,7 +31,14 @@ _LOG_THETA = (-4.0, 7.0)
 
 
 @torch.no_grad()
-def calibrate(network: NativeNetwork, masked: Iterable[tuple[MaskedCells, Targets]], *, use_bf16: bool) -> None:
+def calibrate(
+    network: NativeNetwork,
+    masked: Iterable[tuple[MaskedCells, Targets]],
+    *,
+    use_bf16: bool,
+    label_field: int | None = None,
+    n_labels: int = 0,
+) -> None:
     """Set identity offsets, value offsets and dispersions of a network to their best for some masked cells.
 
     Parameters
@@ -42,14 +49,23 @@ def calibrate(network: NativeNetwork, masked: Iterable[tuple[MaskedCells, Target
         Cells with what is hidden; they are gone through once.
     use_bf16
         Compute the network's predictions in bfloat16.
+    label_field
+        Condition field whose labels get offsets of their own; None: none.
+    n_labels
+        Number of labels of that field.
     """
-    logits, admissible, hidden, is_hidden = [], [], [], []
-    log_means, log_thetas, genes, counts = [], [], [], []
+    if network.label_field is not None:
+        raise ValueError("the network has label offsets already")
+    logits, admissible, hidden, is_hidden, codes = [], [], [], [], []
+    log_means, log_thetas, genes, counts, value_codes = [], [], [], [], []
     for cells, targets in masked:
         with torch.autocast(cells.depth_B.device.type, dtype=torch.bfloat16, enabled=use_bf16):
             output = network(cells)
             log_mean_X, log_theta_X, gene_X, count_X = _values(network, output, targets)
         is_scored_B = cells.n_hidden_B > 0
+        code_B = torch.zeros_like(cells.n_hidden_B) if label_field is None else cells.condition_BC[:, label_field]
+        codes.append(code_B[is_scored_B])
+        value_codes.append(code_B[targets.values()[0]])
         answer_BG = torch.zeros_like(cells.is_admissible_BG)
         answer_BG[targets.cell_M, targets.gene_M] = True
         logits.append((output.gene_logit_BG.float() - network.identity_offset)[is_scored_B])
@@ -61,7 +77,12 @@ def calibrate(network: NativeNetwork, masked: Iterable[tuple[MaskedCells, Target
         genes.append(gene_X)
         counts.append(count_X)
     _calibrate_identity(network, logits, admissible, hidden, is_hidden)
-    _calibrate_values(network, torch.cat(log_means), torch.cat(log_thetas), torch.cat(genes), torch.cat(counts))
+    values = (torch.cat(log_means), torch.cat(log_thetas), torch.cat(genes), torch.cat(counts))
+    _calibrate_values(network, *values)
+    if label_field is not None:
+        network.add_label_offsets(label_field, n_labels)
+        _calibrate_label_identity(network, logits, admissible, hidden, is_hidden, codes)
+        _calibrate_label_values(network, *values, torch.cat(value_codes))
 
 
 def _values(
@@ -179,3 +200,62 @@ def _rank_in_gene(gene_X: torch.Tensor, key_X: torch.Tensor) -> torch.Tensor:
     rank = torch.empty_like(gene_X)
     rank[order] = torch.arange(gene_X.numel()) - (sizes.cumsum(0) - sizes)[gene_X[order]]
     return rank
+
+
+_LABEL_PRECISION = 4.0
+"""Weight of "no difference between labels", in hidden tokens."""
+_LABEL_STEPS = 4
+
+
+def _calibrate_label_identity(
+    network: NativeNetwork,
+    logits: list[torch.Tensor],
+    admissible: list[torch.Tensor],
+    hidden: list[torch.Tensor],
+    is_hidden: list[torch.Tensor],
+    codes: list[torch.Tensor],
+) -> None:
+    """Make each gene as often hidden, over the cells of each label, as the network expects it to be."""
+    offset_CG = network.label_identity
+    observed_CG = torch.zeros_like(offset_CG)
+    for answer, code in zip(is_hidden, codes, strict=True):
+        observed_CG.index_add_(0, code, answer.float())
+    for _ in range(_LABEL_STEPS):
+        expected_CG, slope_CG = torch.zeros_like(offset_CG), torch.zeros_like(offset_CG)
+        for logit, allowed, n_hidden, code in zip(logits, admissible, hidden, codes, strict=True):
+            p = inclusion_probabilities(logit + network.identity_offset + offset_CG[code], allowed, n_hidden)
+            expected_CG.index_add_(0, code, p)
+            slope_CG.index_add_(0, code, p * (1.0 - p))
+        step_CG = (observed_CG - expected_CG - _LABEL_PRECISION * offset_CG) / (slope_CG + _LABEL_PRECISION)
+        offset_CG += step_CG.clamp(-1.0, 1.0)
+        offset_CG[0] = 0.0  # cells of unknown label
+
+
+def _calibrate_label_values(
+    network: NativeNetwork,
+    log_mean_X: torch.Tensor,
+    log_theta_X: torch.Tensor,
+    gene_X: torch.Tensor,
+    count_X: torch.Tensor,
+    code_X: torch.Tensor,
+) -> None:
+    """Make the mean count of each gene, over the cells of each label, what the network expects it to be."""
+    offset_CG = network.label_value
+    log_mean_X, log_theta_X = log_mean_X + network.value_offset[gene_X], log_theta_X + network.log_theta[gene_X]
+    nll_X = ztnb_nll(count_X, log_mean_X, log_theta_X)
+    n_G = torch.bincount(gene_X, minlength=offset_CG.shape[1]).clamp_min(1)
+    usual_G = torch.zeros_like(network.value_offset).index_add_(0, gene_X, nll_X) / n_G
+    used = (nll_X < usual_G[gene_X] + _IMPOSSIBLE).nonzero().squeeze(1)
+    log_mean_X, log_theta_X, gene_X = log_mean_X[used], log_theta_X[used], gene_X[used]
+    count_X, code_X = count_X[used].float(), code_X[used]
+    place_X = code_X * offset_CG.shape[1] + gene_X
+    n_places = offset_CG.numel()
+    mean_G = torch.zeros_like(usual_G).index_add_(0, gene_X, count_X) / n_G
+    counted = torch.zeros(n_places).index_add_(0, place_X, count_X).view_as(offset_CG)
+    pseudo_G = _LABEL_PRECISION * mean_G.clamp_min(1e-6)
+    for _ in range(_LABEL_STEPS):
+        expected_X = ztnb_mean(log_mean_X + offset_CG.view(-1)[place_X], log_theta_X)
+        expected = torch.zeros(n_places).index_add_(0, place_X, expected_X).view_as(offset_CG)
+        step_CG = torch.log((counted + pseudo_G) / (expected + pseudo_G))
+        offset_CG += step_CG.clamp(-1.0, 1.0)
+        offset_CG[0] = 0.0

@@ -29,7 +29,7 @@ from scdiva.models.scdiva.dense import DenseNetwork
 from scdiva.models.scdiva.generation import Wish, denoiser
 from scdiva.models.scdiva.imputation import impute_native, require_profile_decoder
 from scdiva.models.scdiva.inputs import MaskedCells, PackedCells
-from scdiva.models.scdiva.native import PER_GENE, NativeNetwork
+from scdiva.models.scdiva.native import LABEL_OFFSETS, PER_GENE, NativeNetwork
 from scdiva.models.scdiva.objectives import tokeniser_of
 from scdiva.models.scdiva.official import OfficialNetwork
 from scdiva.models.scdiva.reconstruction import (
@@ -72,7 +72,11 @@ def build_network(n_genes: int, config: ModelConfig, labels: ConditionLabels | N
     # PyTorch's layers draw their first weights from the global generator, which is the caller's
     with torch.random.fork_rng(devices=[]):
         if isinstance(config, NativeConfig):
-            return NativeNetwork(n_genes, config, labels.sizes)
+            network = NativeNetwork(n_genes, config, labels.sizes)
+            if config.trunk.label_offsets:
+                field = config.trunk.label_offsets
+                network.add_label_offsets(labels.fields.index(field), len(labels.labels(field)))
+            return network
         if isinstance(config, OfficialConfig):
             return OfficialNetwork(n_genes, config)
         return DenseNetwork(n_genes, config)
@@ -243,7 +247,8 @@ class ScDiVa:
         smaller = build_network(int(is_kept.sum()), self.config, self.labels)
         kept = torch.from_numpy(np.flatnonzero(is_kept))
         weights = {
-            name: tensor[kept] if name in PER_GENE else tensor for name, tensor in self.network.state_dict().items()
+            name: tensor[kept] if name in PER_GENE else tensor[:, kept] if name in LABEL_OFFSETS else tensor
+            for name, tensor in self.network.state_dict().items()
         }
         smaller.load_state_dict(weights, strict=True)
         # neither its figures nor its hash are those of the whole model

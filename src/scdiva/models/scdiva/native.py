@@ -45,6 +45,8 @@ PER_GENE = frozenset(
     | {"value_offset", "log_theta"}
 )
 """Weights of the native network that have one row per gene."""
+LABEL_OFFSETS = frozenset({"label_identity", "label_value"})
+"""Weights with one column per gene and one row per label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,8 @@ class DenoiserOutput:
         What turns log-rates into log-mean counts: log depth minus the log of the summed rates of measured genes.
     states
         The trunk's states; None without a trunk.
+    label_value_BG
+        What the label of each cell adds to log-mean counts; None where labels have no offsets.
     """
 
     latent_BZ: torch.Tensor
@@ -94,6 +98,7 @@ class DenoiserOutput:
     gene_logit_BG: torch.Tensor
     log_size_B: torch.Tensor
     states: TrunkStates | None
+    label_value_BG: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +264,8 @@ class NativeNetwork(nn.Module):
 
     detection_logit: torch.Tensor
     mean_log_depth: torch.Tensor
+    label_identity: torch.Tensor
+    label_value: torch.Tensor
 
     def __init__(self, n_genes: int, config: NativeConfig, label_sizes: Sequence[int] = ()) -> None:
         super().__init__()
@@ -272,6 +279,8 @@ class NativeNetwork(nn.Module):
         self.deviation_scale = nn.Parameter(torch.zeros(()))
         self.value_offset = nn.Parameter(torch.zeros(n_genes))
         self.log_theta = nn.Parameter(torch.zeros(n_genes))
+        # offsets by label, rows by code (row 0, unknown, stays 0): set by calibration, never by gradients
+        self.label_field: int | None = None
         self.trunk: Trunk | None = None
         if config.trunk.n_layers:
             self.trunk = Trunk(config.trunk, config.n_embedding, config.n_latent, label_sizes)
@@ -291,6 +300,20 @@ class NativeNetwork(nn.Module):
     def n_genes(self) -> int:
         """G, number of genes."""
         return self.identity_offset.numel()
+
+    def add_label_offsets(self, field: int, n_labels: int) -> None:
+        """Give every label of a condition field offsets of its own for every gene, 0 at first."""
+        self.label_field = field
+        device = self.null_latent.device
+        for name in ("label_identity", "label_value"):
+            self.register_buffer(name, torch.zeros((n_labels + 1, self.n_genes), device=device))
+
+    def _label_rows(self, cells: MaskedCells, name: str) -> torch.Tensor | None:
+        """Offsets of the cells' labels, ``(B, G)``."""
+        if self.label_field is None or cells.condition_BC.shape[1] == 0:
+            return None
+        rows: torch.Tensor = getattr(self, name)[cells.condition_BC[:, self.label_field]]
+        return rows
 
     @torch.no_grad()
     def init_simple_model(self, simple: SimpleModel) -> None:
@@ -327,6 +350,9 @@ class NativeNetwork(nn.Module):
             self.detection_logit + self.identity_offset, depth_B[:, None], self.identity_slope
         )
         gene_logit_BG = gene_logit_BG + self.deviation_scale * deviation_BG
+        label_identity_BG = self._label_rows(cells, "label_identity")
+        if label_identity_BG is not None:
+            gene_logit_BG = gene_logit_BG + label_identity_BG
         states = None
         if self.trunk is not None:
             states = self.trunk(cells, z_BZ, self.anchor.gene_embedding, self.mean_log_depth)
@@ -340,6 +366,7 @@ class NativeNetwork(nn.Module):
             gene_logit_BG=gene_logit_BG,
             log_size_B=cells.depth_B.clamp_min(1.0).log() - log_total_B,
             states=states,
+            label_value_BG=self._label_rows(cells, "label_value"),
         )
 
     def log_mean(
@@ -358,6 +385,8 @@ class NativeNetwork(nn.Module):
             visible, else of the query's or the slot's). None without a trunk.
         """
         log_mean_X = output.log_rate_BG[cell_X, gene_X] + output.log_size_B[cell_X] + self.value_offset[gene_X]
+        if output.label_value_BG is not None:
+            log_mean_X = log_mean_X + output.label_value_BG[cell_X, gene_X]
         if direction_XE is None:
             return log_mean_X
         return log_mean_X + self._correction(gene_X, direction_XE[:, : self.n_embedding + 1])
