@@ -32,7 +32,7 @@ layers: $(VENV)/installed-test
 	$(BIN)/lint-imports
 
 unit: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS) --dist loadfile
 
 wheel: $(VENV)/installed-test
 	$(BIN)/python -m build --wheel --outdir dist .

@@ -169,7 +169,18 @@ def test_version_and_help(cli):
     assert cli("--version").out == f"scdiva {scdiva.__version__}\n"
     listed = cli("--help")
     assert listed.code == 0
-    for command in ("demo", "check", "embed", "inspect", "pretrain", "finetune"):
+    for command in (
+        "demo",
+        "check",
+        "embed",
+        "inspect",
+        "pretrain",
+        "finetune",
+        "generate",
+        "impute",
+        "reconstruct",
+        "evaluate",
+    ):
         assert command in listed.out
         assert cli(command, "--help").code == 0
 
@@ -179,7 +190,7 @@ def test_the_demo_runs_and_leaves_its_results(cli, bundled_model, tmp_path):
     result = cli("demo", "--out", tmp_path / "demo")
     assert result.code == 0, result.err
     names = {path.name for path in (tmp_path / "demo").iterdir()}
-    assert names == {"pbmc3k_scdiva.h5ad", "umap.png", "summary.txt"}
+    assert names == {"pbmc3k_scdiva.h5ad", "umap.png", "summary.txt", "generated.h5ad"}
     assert "accuracy" in (tmp_path / "demo" / "summary.txt").read_text()
 
 

@@ -65,7 +65,7 @@ def demo(
 
 
 _GENERATOR = "scdiva-blood-tiny-celltype"
-_PER_TYPE = 30
+_PER_TYPE = 12
 _MARKERS = {"B cell": "MS4A1", "CD14+ monocyte": "S100A8", "NK cell": "GNLY", "CD4+ naive T cell": "CD3D"}
 
 
