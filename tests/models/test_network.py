@@ -166,8 +166,8 @@ class TestTrainedModel:
     def test_empty_cells_share_one_finite_point(self, tiny_model):
         z = tiny_model.embed(twins.cell_counts(np.zeros((3, tiny_model.vocabulary.n_genes)), [0, 0, 50]))
         assert np.isfinite(z).all()
-        np.testing.assert_array_equal(z[0], z[1])
-        np.testing.assert_array_equal(z[0], z[2])
+        # a matrix product rounds its last rows in another order than its first
+        np.testing.assert_allclose(z, np.broadcast_to(z[0], z.shape), rtol=1e-5)
 
     def test_the_expected_profile_is_a_share_of_ten_thousand(self, tiny_model, query):
         z = tiny_model.embed(query)
