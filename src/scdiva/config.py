@@ -415,8 +415,9 @@ class TrunkConfig(Section):
     """gene: each gene has one dispersion; state: the trunk corrects it by what it knows of the cell. A gene whose
     level depends on the cell type varies much where the type is unknown, and little where it is known."""
     label_offsets: str = ""
-    """Condition field of which each label has offsets of its own for every gene (detection and level), set by
-    calibration; empty: none. With them the simple model of a cell of known type starts at the type's own profile."""
+    """Condition field of which each label has numbers of its own for every gene (detection; level, slope and dispersion
+    of counts), set by calibration; empty: none. With them the simple model of a cell of known type starts at the
+    type's own profile."""
     dropout: OpenFraction = 0.0
     """Dropout in the trunk."""
 

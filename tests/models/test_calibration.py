@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,9 @@ import twins
 from native_cells import LABEL_SIZES, N_GENES, build, dense_counts, stir, with_labels
 from scdiva.config import OptimConfig
 from scdiva.losses import inclusion_probabilities, ztnb_nll
+from scdiva.models.scdiva import calibration
 from scdiva.models.scdiva.calibration import calibrate
-from scdiva.models.scdiva.native import PER_GENE
+from scdiva.models.scdiva.native import LABEL_OFFSETS, PER_GENE
 from scdiva.models.scdiva.objectives import DenoisedCells
 from scdiva.training.module import parameter_groups
 
@@ -216,3 +219,81 @@ class TestLearningRates:
             rates[ratio] = [group["initial_lr"] for group in optimiser.param_groups]
         assert rates[1.0] == [1e-3, 1e-3]
         assert rates[20.0] == [1e-3, 1e-3, pytest.approx(2e-2)]
+
+
+class TestLabels:
+    """Offsets, slopes and dispersions by label."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def by_label(cls, cells):
+        built = stir(build(cells, label_sizes=LABEL_SIZES), size=0.1)
+        parts = masked(built, cells)
+        calibrate(built.network, parts, use_bf16=False, label_field=0, n_labels=LABEL_SIZES[0])
+        return built, parts
+
+    @torch.no_grad()
+    def test_each_gene_is_expected_as_often_as_it_is_hidden_in_cells_of_each_label(self, by_label):
+        built, parts = by_label
+        n_labels = LABEL_SIZES[0] + 1
+        observed, expected = torch.zeros(2, n_labels, N_GENES)
+        for masked_cells, targets in parts:
+            output = built.network(masked_cells)
+            p = inclusion_probabilities(output.gene_logit_BG, masked_cells.is_admissible_BG, masked_cells.n_hidden_B)
+            code = masked_cells.condition_BC[:, 0]
+            expected.index_add_(0, code, p.float())
+            answer = torch.zeros_like(p, dtype=torch.float32)
+            answer[targets.cell_M, targets.gene_M] = 1.0
+            observed.index_add_(0, code, answer)
+        often = observed[1:] > 25
+        assert often.sum() > 10
+        np.testing.assert_allclose(expected[1:][often], observed[1:][often], rtol=0.15)
+
+    def test_cells_of_unknown_label_are_left_as_they_were(self, by_label):
+        network = by_label[0].network
+        assert network.label_confidence[0] == 1
+        for name in LABEL_OFFSETS:
+            assert (getattr(network, name)[0] == 0).all(), name
+            assert (getattr(network, name)[1:] != 0).any(), name
+
+    def test_labels_have_dispersions_of_their_own(self):
+        rng = np.random.default_rng(0)
+        dense = dense_counts(240)
+        cells = with_labels(twins.cell_counts(dense))
+        code, gene = cells.condition[:, 0], int(np.argmax(dense.mean(axis=0)))
+        theta = np.where(code == 1, 0.7, 300.0)
+        dense[:, gene] = rng.poisson(12 * rng.gamma(theta) / theta)
+        cells = with_labels(twins.cell_counts(dense))
+        built = stir(build(cells, label_sizes=LABEL_SIZES), size=0.1)
+        calibrate(built.network, masked(built, cells), use_bf16=False, label_field=0, n_labels=LABEL_SIZES[0])
+        found = built.network.label_dispersion[:, gene]
+        others = [label for label in np.unique(code) if label > 1]
+        assert all(found[label] > found[1] + 1.0 for label in others)
+
+    def test_what_tells_cells_of_a_label_apart_is_made_as_strong_as_it_is(self):
+        rng = torch.Generator().manual_seed(0)
+        true = torch.tensor([1.0, 0.6, 1.8])
+        code = torch.arange(600) % 2 + 1
+        centre = torch.randn(3, 40, generator=rng) - 1.0
+        deviation = torch.randn(600, 40, generator=rng)
+        p = torch.sigmoid(centre[code] + true[code][:, None] * deviation)
+        answer = torch.rand(600, 40, generator=rng) < p
+        # the network's levels are off by a number for each cell, which changes nothing
+        logit = centre[code] + deviation + torch.randn(600, 1, generator=rng)
+        network = SimpleNamespace(
+            identity_offset=torch.zeros(40), label_identity=torch.zeros(3, 40), label_confidence=torch.ones(3)
+        )
+        everywhere = torch.ones(600, 40, dtype=torch.bool)
+        calibration._calibrate_label_identity(network, [logit], [everywhere], [answer.sum(dim=1)], [answer], [code])
+        np.testing.assert_allclose(network.label_confidence, true, atol=0.15)
+        after = network.label_confidence[code][:, None] * logit + network.label_identity[code]
+        found = inclusion_probabilities(after, everywhere, answer.sum(dim=1))
+        for label in (1, 2):
+            np.testing.assert_allclose(
+                found[code == label].mean(dim=0), answer[code == label].float().mean(dim=0), atol=0.02
+            )
+
+    def test_a_network_is_calibrated_by_label_once(self, by_label):
+        built, parts = by_label
+        with pytest.raises(ValueError, match="already"):
+            calibrate(built.network, parts, use_bf16=False, label_field=0, n_labels=LABEL_SIZES[0])

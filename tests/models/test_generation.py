@@ -129,7 +129,7 @@ class TestGuidance:
             found.draw_counts(*EVERY, generator())
             direction = built.network.trunk.value_direction(output.states.query_BD)[EVERY[0]]
             assert torch.equal(means[0][0], built.network.log_mean(output, *EVERY, direction))
-            assert torch.equal(means[0][1], built.network.log_dispersion(EVERY[1], direction))
+            assert torch.equal(means[0][1], built.network.log_dispersion(output, *EVERY, direction))
 
     def test_whole_cells_with_weight_1_are_those_without_guidance(self, built):
         ends = []

@@ -111,7 +111,7 @@ class TestNative:
         if network.trunk is not None:
             direction = network.trunk.value_direction(said.output.states.query_BD)[torch.from_numpy(cell)]
         log_mean = network.log_mean(said.output, torch.from_numpy(cell), torch.from_numpy(gene), direction)
-        log_theta = network.log_dispersion(torch.from_numpy(gene), direction)
+        log_theta = network.log_dispersion(said.output, torch.from_numpy(cell), torch.from_numpy(gene), direction)
         scale = torch.from_numpy(1e4 / CELLS.library_size[cell]).float()
         expected = ztnb_expected_log1p(log_mean, log_theta, scale)
         np.testing.assert_allclose(said.expected_values(cell, gene), expected.numpy(), rtol=1e-5)

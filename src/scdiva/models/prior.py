@@ -20,6 +20,8 @@ from scdiva.errors import BundleError
 CELLS_PER_COMPONENT = 150
 MAX_COMPONENTS = 4
 """Components of one condition: one for each 150 cells, at most four."""
+SHRINKAGE_CELLS, MIN_SHRINKAGE = 10, 0.05
+"""Weight of a component's diagonal, in cells; and its least share."""
 MAX_CONDITIONS = 48
 """Combinations of labels that get components of their own: the most frequent ones."""
 
@@ -34,8 +36,9 @@ class MixturePrior:
 
     z goes with the size of a cell: active cells are large, and z of few molecules is noisy. The mixture is one of
     (log UMIs, log genes, z), and z is drawn given the sizes. Components are the clusters of k-means within a
-    combination of labels, with covariances shrunk after Ledoit and Wolf: a hundred cells do not determine a covariance
-    in 128 dimensions (our decisions).
+    combination of labels. Covariances are shrunk towards their diagonals, little: the programmes that cells of a type
+    share are their largest directions, and shrinkage such as Ledoit and Wolf's takes a third of their variance
+    (docs/experiments.md; our decisions).
 
     Parameters
     ----------
@@ -193,12 +196,11 @@ _FARTHEST = 3.0
 
 def _shrunk(points: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return a covariance that is positive definite, in float16 too."""
-    from sklearn.covariance import ledoit_wolf
-
-    # each dimension in its own units: shrinkage towards a multiple of the identity must not swell the small ones
+    # each dimension in its own units: shrinkage towards the identity must not swell the small ones
     scale = np.maximum(points.std(axis=0), 1e-3)
-    covariance = ledoit_wolf(points / scale)[0]
-    covariance = covariance + 1e-3 * np.eye(scale.size)
+    covariance = np.cov(points / scale, rowvar=False, bias=True)
+    share = float(np.clip(SHRINKAGE_CELLS / points.shape[0], MIN_SHRINKAGE, 1.0))
+    covariance = (1.0 - share) * covariance + share * np.eye(scale.size)
     return np.asarray(covariance * np.outer(scale, scale))
 
 

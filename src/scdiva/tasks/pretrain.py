@@ -350,8 +350,9 @@ def _calibrate(
     had to cover cells of unknown type as well would be too large for all others.
     """
     usual = objective.config
-    as_generated = {"p_split": 0.0, "p_visible": 0.3, "p_whole": 0.7, "p_joint": 0.9, "p_values": 0.0, "p_staged": 0.0}
-    objective.config = usual.model_copy(update={**as_generated, "condition_dropout": 0.0})
+    as_generated = {"p_split": 0.0, "p_visible": 0.0, "p_whole": 1.0, "p_joint": 0.9, "p_values": 0.0, "p_staged": 0.0}
+    of_prior = {"rho_min": PRIOR_VIEW_SHARE, "rho_max": PRIOR_VIEW_SHARE, "condition_dropout": 0.0}
+    objective.config = usual.model_copy(update={**as_generated, **of_prior})
     rng = np.random.default_rng([config.seed, _CALIBRATION_STREAM])
     chosen = rng.permutation(train)[:_CALIBRATION_CELLS]
 

@@ -57,7 +57,7 @@ def calibrate(
     if network.label_field is not None:
         raise ValueError("the network has label offsets already")
     logits, admissible, hidden, is_hidden, codes = [], [], [], [], []
-    log_means, log_thetas, genes, counts, value_codes = [], [], [], [], []
+    log_means, log_depths, log_thetas, genes, counts, value_codes = [], [], [], [], [], []
     for cells, targets in masked:
         with torch.autocast(cells.depth_B.device.type, dtype=torch.bfloat16, enabled=use_bf16):
             output = network(cells)
@@ -66,6 +66,7 @@ def calibrate(
         code_B = torch.zeros_like(cells.n_hidden_B) if label_field is None else cells.condition_BC[:, label_field]
         codes.append(code_B[is_scored_B])
         value_codes.append(code_B[targets.values()[0]])
+        log_depths.append(output.log_depth_B[targets.values()[0]])
         answer_BG = torch.zeros_like(cells.is_admissible_BG)
         answer_BG[targets.cell_M, targets.gene_M] = True
         logits.append((output.gene_logit_BG.float() - network.identity_offset)[is_scored_B])
@@ -82,7 +83,7 @@ def calibrate(
     if label_field is not None:
         network.add_label_offsets(label_field, n_labels)
         _calibrate_label_identity(network, logits, admissible, hidden, is_hidden, codes)
-        _calibrate_label_values(network, *values, torch.cat(value_codes))
+        _calibrate_label_values(network, *values, torch.cat(log_depths), torch.cat(value_codes))
 
 
 def _values(
@@ -99,7 +100,10 @@ def _values(
         ]
     )
     log_theta_X = torch.cat(
-        [network.log_dispersion(targets.gene_M, hidden), network.log_dispersion(targets.gene_V, visible)]
+        [
+            network.log_dispersion(output, targets.cell_M, targets.gene_M, hidden),
+            network.log_dispersion(output, targets.cell_V, targets.gene_V, visible),
+        ]
     )
     _, gene_X, count_X, _ = targets.values()
     return log_mean_X.float(), log_theta_X.float(), gene_X, count_X
@@ -204,7 +208,13 @@ def _rank_in_gene(gene_X: torch.Tensor, key_X: torch.Tensor) -> torch.Tensor:
 
 _LABEL_PRECISION = 4.0
 """Weight of "no difference between labels", in hidden tokens."""
-_LABEL_STEPS = 4
+_SLOPE_PRECISION = 10.0
+"""The same for slopes of counts, which few hidden tokens say little about."""
+_LABEL_STEPS = 6
+_CONFIDENCE = (0.5, 2.5)
+_VALUES_PER_LABEL = 128
+_UNUSUAL = 6.0
+"""As :data:`_IMPOSSIBLE`, within labels: what decides a type's dispersion is what most of its cells do."""
 
 
 def _calibrate_label_identity(
@@ -215,20 +225,39 @@ def _calibrate_label_identity(
     is_hidden: list[torch.Tensor],
     codes: list[torch.Tensor],
 ) -> None:
-    """Make each gene as often hidden, over the cells of each label, as the network expects it to be."""
-    offset_CG = network.label_identity
-    observed_CG = torch.zeros_like(offset_CG)
-    for answer, code in zip(is_hidden, codes, strict=True):
+    """Make each gene as often hidden, over the cells of each label, as the network expects it to be.
+
+    And what tells cells of one label apart as strong as is likeliest: one factor for each label. It mostly lies above
+    1: training is short, and the network learns what tells labels apart before what tells their cells apart.
+    """
+    offset_CG, confidence_C = network.label_identity, network.label_confidence
+    n_C = torch.bincount(torch.cat(codes), minlength=offset_CG.shape[0]).clamp_min(1)
+    centre_CG, observed_CG = torch.zeros_like(offset_CG), torch.zeros_like(offset_CG)
+    for logit, answer, code in zip(logits, is_hidden, codes, strict=True):
+        centre_CG.index_add_(0, code, logit + network.identity_offset)
         observed_CG.index_add_(0, code, answer.float())
+    centre_CG /= n_C[:, None]
     for _ in range(_LABEL_STEPS):
         expected_CG, slope_CG = torch.zeros_like(offset_CG), torch.zeros_like(offset_CG)
-        for logit, allowed, n_hidden, code in zip(logits, admissible, hidden, codes, strict=True):
-            p = inclusion_probabilities(logit + network.identity_offset + offset_CG[code], allowed, n_hidden)
+        score_C, information_C = torch.zeros_like(confidence_C), torch.full_like(confidence_C, _LABEL_PRECISION)
+        for logit, allowed, n_hidden, answer, code in zip(logits, admissible, hidden, is_hidden, codes, strict=True):
+            deviation = logit + network.identity_offset - centre_CG[code]
+            total = centre_CG[code] + offset_CG[code] + confidence_C[code][:, None] * deviation
+            p = inclusion_probabilities(total, allowed, n_hidden)
+            weight = p * (1.0 - p)
             expected_CG.index_add_(0, code, p)
-            slope_CG.index_add_(0, code, p * (1.0 - p))
+            slope_CG.index_add_(0, code, weight)
+            # what all genes of a cell share changes nothing: the number of hidden genes is given
+            level = (weight * deviation).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True).clamp_min(1e-6)
+            deviation = torch.where(allowed, deviation - level, 0.0)
+            score_C.index_add_(0, code, ((answer.float() - p) * deviation).sum(dim=1))
+            information_C.index_add_(0, code, (weight * deviation.square()).sum(dim=1))
         step_CG = (observed_CG - expected_CG - _LABEL_PRECISION * offset_CG) / (slope_CG + _LABEL_PRECISION)
         offset_CG += step_CG.clamp(-1.0, 1.0)
-        offset_CG[0] = 0.0  # cells of unknown label
+        confidence_C += ((score_C - _LABEL_PRECISION * (confidence_C - 1.0)) / information_C).clamp(-0.5, 0.5)
+        confidence_C.clamp_(*_CONFIDENCE)
+        offset_CG[0], confidence_C[0] = 0.0, 1.0  # cells of unknown label
+    offset_CG += (1.0 - confidence_C)[:, None] * centre_CG
 
 
 def _calibrate_label_values(
@@ -237,25 +266,56 @@ def _calibrate_label_values(
     log_theta_X: torch.Tensor,
     gene_X: torch.Tensor,
     count_X: torch.Tensor,
+    log_depth_X: torch.Tensor,
     code_X: torch.Tensor,
 ) -> None:
-    """Make the mean count of each gene, over the cells of each label, what the network expects it to be."""
-    offset_CG = network.label_value
-    log_mean_X, log_theta_X = log_mean_X + network.value_offset[gene_X], log_theta_X + network.log_theta[gene_X]
-    nll_X = ztnb_nll(count_X, log_mean_X, log_theta_X)
-    n_G = torch.bincount(gene_X, minlength=offset_CG.shape[1]).clamp_min(1)
-    usual_G = torch.zeros_like(network.value_offset).index_add_(0, gene_X, nll_X) / n_G
-    used = (nll_X < usual_G[gene_X] + _IMPOSSIBLE).nonzero().squeeze(1)
-    log_mean_X, log_theta_X, gene_X = log_mean_X[used], log_theta_X[used], gene_X[used]
-    count_X, code_X = count_X[used].float(), code_X[used]
-    place_X = code_X * offset_CG.shape[1] + gene_X
-    n_places = offset_CG.numel()
-    mean_G = torch.zeros_like(usual_G).index_add_(0, gene_X, count_X) / n_G
-    counted = torch.zeros(n_places).index_add_(0, place_X, count_X).view_as(offset_CG)
-    pseudo_G = _LABEL_PRECISION * mean_G.clamp_min(1e-6)
-    for _ in range(_LABEL_STEPS):
-        expected_X = ztnb_mean(log_mean_X + offset_CG.view(-1)[place_X], log_theta_X)
-        expected = torch.zeros(n_places).index_add_(0, place_X, expected_X).view_as(offset_CG)
-        step_CG = torch.log((counted + pseudo_G) / (expected + pseudo_G))
-        offset_CG += step_CG.clamp(-1.0, 1.0)
-        offset_CG[0] = 0.0
+    """Maximise the likelihood of each label's hidden counts in offsets, slopes and dispersions of its own.
+
+    What one label has much of and others have little of has a dispersion over all cells that is none of theirs, and
+    what tells labels apart may say too much or too little of cells of one label: hence the slope.
+    """
+    before = torch.stack([network.value_offset, network.log_theta])
+    log_share_X = log_mean_X + before[0, gene_X] - log_depth_X
+    log_theta_X = log_theta_X + before[1, gene_X]
+    nll_X = ztnb_nll(count_X, log_depth_X + log_share_X, log_theta_X)
+    n_labels, n_genes = network.label_value.shape
+    usual_G = torch.zeros(n_genes).index_add_(0, gene_X, nll_X)
+    usual_G /= torch.bincount(gene_X, minlength=n_genes).clamp_min(1)
+    place_X = code_X * n_genes + gene_X
+    is_used_X = (nll_X < usual_G[gene_X] + _UNUSUAL) & (code_X > 0)
+    is_used_X &= _rank_in_gene(place_X, torch.arange(place_X.numel())) < _VALUES_PER_LABEL
+    used = is_used_X.nonzero().squeeze(1)
+    place_X, log_share_X, count_X = place_X[used], log_share_X[used], count_X[used]
+    log_theta_X, log_depth_X = log_theta_X[used], log_depth_X[used]
+    n_P = torch.bincount(place_X, minlength=n_labels * n_genes).clamp_min(1)
+    centre_P = torch.zeros(n_P.numel()).index_add_(0, place_X, log_share_X) / n_P
+    deviation_X = log_share_X - centre_P[place_X]
+    usual_X = log_depth_X + centre_P[place_X]
+    gene_X, gene_P = gene_X[used], torch.arange(n_P.numel()) % n_genes
+    n_G = torch.bincount(gene_X, minlength=n_genes).clamp_min(1)
+    precision = torch.tensor([_LABEL_PRECISION, _LABEL_PRECISION, _SLOPE_PRECISION])[:, None]
+    # offset, dispersion and slope of a gene in a label, and offset and dispersion of a gene in all labels
+    in_label, in_all = torch.zeros(3, n_P.numel()), torch.zeros(2, n_genes)
+    with torch.enable_grad():
+        found = [in_label.requires_grad_(), in_all.requires_grad_()]
+        optimizer = torch.optim.Adam(found, lr=_VALUE_LR)
+        for step in range(_VALUE_STEPS):
+            for group in optimizer.param_groups:
+                group["lr"] = _VALUE_LR * (1.0 - step / _VALUE_STEPS)
+            offset_X, dispersion_X, slope_X = in_label[:, place_X]
+            log_mean_X = usual_X + offset_X + in_all[0, gene_X] + (1.0 + slope_X) * deviation_X
+            log_theta_now_X = (log_theta_X + dispersion_X + in_all[1, gene_X]).clamp(*_LOG_THETA)
+            nll_X = ztnb_nll(count_X, log_mean_X, log_theta_now_X).double()
+            loss = (nll_X / n_P[place_X]).sum() + (0.5 * precision * in_label.square() / n_P).sum()
+            loss = loss + (0.5 * _PRIOR_PRECISION * in_all.square() / n_G).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    offset_P, dispersion_P, slope_P = in_label.detach()
+    offset_P, dispersion_P = torch.stack([offset_P, dispersion_P]) + in_all.detach()[:, gene_P]
+    slope_P = slope_P.clamp(-1.0, 1.0)
+    network.label_slope.copy_(slope_P.view(n_labels, n_genes))
+    network.label_value.copy_((offset_P - slope_P * centre_P).view(n_labels, n_genes))
+    network.label_dispersion.copy_(dispersion_P.view(n_labels, n_genes))
+    for table_CG in (network.label_slope, network.label_value, network.label_dispersion):
+        table_CG[0] = 0.0  # cells of unknown label

@@ -117,7 +117,7 @@ class GuidedPrediction:
             own_X = self.network.log_mean(output, cell_X, gene_X, direction).float()
             log_mean_X += self.weight_JB[j, cell_X] * own_X
             if j == 0:  # guidance moves means only: dispersions are those of all conditions together
-                log_theta_X = self.network.log_dispersion(gene_X, direction).float()
+                log_theta_X = self.network.log_dispersion(output, cell_X, gene_X, direction).float()
         return draw_ztnb(log_mean_X, log_theta_X, generator).to(torch.int32)
 
 

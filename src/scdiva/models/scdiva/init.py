@@ -14,7 +14,7 @@ from sklearn.utils.extmath import randomized_svd
 from scdiva.data.conditions import ConditionLabels
 from scdiva.data.statistics import CP10K, GeneStatistics
 from scdiva.errors import ConfigError
-from scdiva.models.scdiva.native import LABEL_OFFSETS, NativeNetwork, SimpleModel
+from scdiva.models.scdiva.native import LABEL_STATE, NativeNetwork, SimpleModel
 from scdiva.serialization import log1p_cp10k
 from scdiva.types import CellCounts
 
@@ -180,7 +180,7 @@ def grow(network: torch.nn.Module, base: ScDiVa, labels: ConditionLabels) -> Non
     label_embeddings = {f"trunk.labels.{i}.weight" for i in range(labels.n_fields)}
     for name, tensor in base.network.state_dict().items():
         target = own.get(name)
-        if name in LABEL_OFFSETS and target is None:  # a calibration of its own gives the new network its offsets
+        if name in LABEL_STATE and target is None:  # a calibration of its own gives the new network its offsets
             continue
         if target is not None and target.shape == tensor.shape:
             target.copy_(tensor)

@@ -45,8 +45,10 @@ PER_GENE = frozenset(
     | {"value_offset", "log_theta"}
 )
 """Weights of the native network that have one row per gene."""
-LABEL_OFFSETS = frozenset({"label_identity", "label_value"})
+LABEL_OFFSETS = frozenset({"label_identity", "label_value", "label_slope", "label_dispersion"})
 """Weights with one column per gene and one row per label."""
+LABEL_STATE = LABEL_OFFSETS | {"label_confidence"}
+"""Weights with one row per label."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,20 +87,23 @@ class DenoiserOutput:
     gene_logit_BG
         Log-odds of each gene; with m hidden genes their probabilities are
         :func:`scdiva.losses.inclusion_probabilities`.
-    log_size_B
-        What turns log-rates into log-mean counts: log depth minus the log of the summed rates of measured genes.
+    log_total_B
+        Log of the summed rates of measured genes: what turns log-rates into log shares of a cell's UMIs.
+    log_depth_B
+        Log of the UMIs: what turns log shares into log-mean counts.
     states
         The trunk's states; None without a trunk.
-    label_value_BG
-        What the label of each cell adds to log-mean counts; None where labels have no offsets.
+    label_B
+        Code of each cell's label in the field whose labels have offsets; None where none have.
     """
 
     latent_BZ: torch.Tensor
     log_rate_BG: torch.Tensor
     gene_logit_BG: torch.Tensor
-    log_size_B: torch.Tensor
+    log_total_B: torch.Tensor
+    log_depth_B: torch.Tensor
     states: TrunkStates | None
-    label_value_BG: torch.Tensor | None = None
+    label_B: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,8 +269,11 @@ class NativeNetwork(nn.Module):
 
     detection_logit: torch.Tensor
     mean_log_depth: torch.Tensor
+    label_confidence: torch.Tensor
     label_identity: torch.Tensor
     label_value: torch.Tensor
+    label_slope: torch.Tensor
+    label_dispersion: torch.Tensor
 
     def __init__(self, n_genes: int, config: NativeConfig, label_sizes: Sequence[int] = ()) -> None:
         super().__init__()
@@ -305,15 +313,15 @@ class NativeNetwork(nn.Module):
         """Give every label of a condition field offsets of its own for every gene, 0 at first."""
         self.label_field = field
         device = self.null_latent.device
-        for name in ("label_identity", "label_value"):
+        self.register_buffer("label_confidence", torch.ones(n_labels + 1, device=device))
+        for name in sorted(LABEL_OFFSETS):
             self.register_buffer(name, torch.zeros((n_labels + 1, self.n_genes), device=device))
 
-    def _label_rows(self, cells: MaskedCells, name: str) -> torch.Tensor | None:
-        """Offsets of the cells' labels, ``(B, G)``."""
+    def _labels(self, cells: MaskedCells) -> torch.Tensor | None:
+        """Codes of the cells in the field whose labels have offsets, ``(B,)``."""
         if self.label_field is None or cells.condition_BC.shape[1] == 0:
             return None
-        rows: torch.Tensor = getattr(self, name)[cells.condition_BC[:, self.label_field]]
-        return rows
+        return cells.condition_BC[:, self.label_field]
 
     @torch.no_grad()
     def init_simple_model(self, simple: SimpleModel) -> None:
@@ -350,23 +358,24 @@ class NativeNetwork(nn.Module):
             self.detection_logit + self.identity_offset, depth_B[:, None], self.identity_slope
         )
         gene_logit_BG = gene_logit_BG + self.deviation_scale * deviation_BG
-        label_identity_BG = self._label_rows(cells, "label_identity")
-        if label_identity_BG is not None:
-            gene_logit_BG = gene_logit_BG + label_identity_BG
         states = None
         if self.trunk is not None:
             states = self.trunk(cells, z_BZ, self.anchor.gene_embedding, self.mean_log_depth)
             if not self.trunk.is_sequence:
                 residual_BE = self.trunk.query_direction(states.query_BD)
                 gene_logit_BG = gene_logit_BG + F.linear(residual_BE, self.anchor.gene_embedding)
+        label_B = self._labels(cells)
+        if label_B is not None:
+            gene_logit_BG = self.label_confidence[label_B][:, None] * gene_logit_BG + self.label_identity[label_B]
         log_total_B = log_rate_BG.masked_fill(~cells.is_measured_BG, float("-inf")).logsumexp(dim=1)
         return DenoiserOutput(
             latent_BZ=z_BZ,
             log_rate_BG=log_rate_BG,
             gene_logit_BG=gene_logit_BG,
-            log_size_B=cells.depth_B.clamp_min(1.0).log() - log_total_B,
+            log_total_B=log_total_B,
+            log_depth_B=cells.depth_B.clamp_min(1.0).log(),
             states=states,
-            label_value_BG=self._label_rows(cells, "label_value"),
+            label_B=label_B,
         )
 
     def log_mean(
@@ -384,16 +393,21 @@ class NativeNetwork(nn.Module):
             What the trunk says of each (:meth:`Trunk.value_direction`, of the token's own state where the gene is
             visible, else of the query's or the slot's). None without a trunk.
         """
-        log_mean_X = output.log_rate_BG[cell_X, gene_X] + output.log_size_B[cell_X] + self.value_offset[gene_X]
-        if output.label_value_BG is not None:
-            log_mean_X = log_mean_X + output.label_value_BG[cell_X, gene_X]
-        if direction_XE is None:
-            return log_mean_X
-        return log_mean_X + self._correction(gene_X, direction_XE[:, : self.n_embedding + 1])
+        log_share_X = output.log_rate_BG[cell_X, gene_X] - output.log_total_B[cell_X] + self.value_offset[gene_X]
+        if direction_XE is not None:
+            log_share_X = log_share_X + self._correction(gene_X, direction_XE[:, : self.n_embedding + 1])
+        if output.label_B is not None:
+            label_X = output.label_B[cell_X]
+            log_share_X = log_share_X * (1.0 + self.label_slope[label_X, gene_X]) + self.label_value[label_X, gene_X]
+        return log_share_X + output.log_depth_B[cell_X]
 
-    def log_dispersion(self, gene_X: torch.Tensor, direction_XE: torch.Tensor | None) -> torch.Tensor:
-        """Log inverse dispersion of some genes, ``(X,)`` float32; arguments as for :meth:`log_mean`."""
+    def log_dispersion(
+        self, output: DenoiserOutput, cell_X: torch.Tensor, gene_X: torch.Tensor, direction_XE: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Log inverse dispersion of some genes of some cells, ``(X,)`` float32; arguments as for :meth:`log_mean`."""
         log_theta_X = self.log_theta[gene_X]
+        if output.label_B is not None:
+            log_theta_X = log_theta_X + self.label_dispersion[output.label_B[cell_X], gene_X]
         if direction_XE is None or self.trunk is None or self.trunk.dispersion_head is None:
             return log_theta_X
         return log_theta_X + self._correction(gene_X, direction_XE[:, self.n_embedding + 1 :])

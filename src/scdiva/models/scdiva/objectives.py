@@ -292,7 +292,10 @@ class NativeObjective(nn.Module):
         )
         cell_X, _, count_X, value_X = targets.values()
         log_theta_X = torch.cat(
-            [network.log_dispersion(targets.gene_M, hidden), network.log_dispersion(targets.gene_V, visible)]
+            [
+                network.log_dispersion(output, targets.cell_M, targets.gene_M, hidden),
+                network.log_dispersion(output, targets.cell_V, targets.gene_V, visible),
+            ]
         )
         # CP10K of one UMI: the library of a cell has genes beyond the vocabulary, which its depth here has not
         scale_X = torch.expm1(value_X) / count_X

@@ -95,7 +95,7 @@ class NativeHidden:
         """Log-mean and log inverse dispersion."""
         direction = None if self.direction_BE is None else self.direction_BE[cell_X]
         log_mean_X = self.network.log_mean(self.output, cell_X, gene_X, direction)
-        return log_mean_X, self.network.log_dispersion(gene_X, direction)
+        return log_mean_X, self.network.log_dispersion(self.output, cell_X, gene_X, direction)
 
     def _at(self, cell: NDArray[np.int64], gene: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
         device = self.scale_B.device
@@ -175,7 +175,8 @@ def _native_places(
 
     def likelihood(gene: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
         gene_M = torch.from_numpy(gene).to(scale_B.device)
-        return network.log_mean(output, cell_M, gene_M, value_ME), network.log_dispersion(gene_M, value_ME)
+        where = (output, cell_M, gene_M, value_ME)
+        return network.log_mean(*where), network.log_dispersion(*where)
 
     found = _Places.choose(logits_of, cells, is_hidden, np.asarray(masked.is_admissible_BG.cpu()), has_specials=False)
     of_truth = likelihood(cells.counts.indices[is_hidden].astype(np.int64))
