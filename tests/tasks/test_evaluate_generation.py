@@ -21,6 +21,7 @@ from scdiva.metrics import generation as metrics
 from scdiva.metrics.generation_classifiers import CLASSIFIERS
 from scdiva.metrics.generation_space import Score
 from scdiva.tasks import evaluate_generation as task
+from scdiva.tasks import generation_report
 
 FAST = {"n_trees": 5, "min_cells_per_type": 1000, "labels_key": "cell_type"}
 CHEAP = ("multinomial", "shuffled", "ceiling")
@@ -119,7 +120,7 @@ def test_the_report_holds_every_row_and_its_summary(report):
     summary = report.summary("ours", "mmd2")
     assert (summary.mean, summary.n) == (pytest.approx(np.mean(values)), 2)
     assert summary.sd == pytest.approx(np.std(values, ddof=1))
-    over = report.values("ours", "mmd2", task.OVER_TYPES)[0].value
+    over = report.values("ours", "mmd2", generation_report.OVER_TYPES)[0].value
     assert over == pytest.approx(np.mean([report.values("ours", "mmd2", t)[0].value for t in report.scored_types]))
     text = report.to_markdown()
     assert "shuffled (null)" in text

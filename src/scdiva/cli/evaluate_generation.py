@@ -92,7 +92,7 @@ def _draw(out: Path, ours: tuple[str, ...], labels_key: str) -> None:
     import anndata as ad
 
     from scdiva.pl import generation
-    from scdiva.tasks.evaluate_generation import BASELINES
+    from scdiva.tasks.generation_report import BASELINES
 
     there = [name for name in (*ours, *BASELINES) if (out / "cells" / f"{name}.h5ad").exists()]
     if not there:
