@@ -74,6 +74,24 @@ class CellCounts:
             condition=self.condition[rows],
         )
 
+    def with_genes(self, is_kept: NDArray[np.bool_]) -> CellCounts:
+        """Return the cells as if only some genes had been measured; the rest is unknown, and in no cell's total.
+
+        Cells of two files compare only over genes that both measure: what a model says of a cell depends on which
+        genes it is given.
+        """
+        counts = sp.csr_matrix(self.counts.multiply(is_kept[None, :]), dtype=self.counts.dtype)
+        counts.eliminate_zeros()
+        counts.sort_indices()
+        return CellCounts(
+            counts=counts,
+            library_size=np.asarray(counts.sum(axis=1), dtype=np.float64).ravel(),
+            cell_index=self.cell_index,
+            source_of_cell=self.source_of_cell,
+            is_measured=self.is_measured & is_kept,
+            condition=self.condition,
+        )
+
 
 @runtime_checkable
 class CellCollection(Protocol):

@@ -9,7 +9,19 @@ from types import FrameType
 
 import typer
 
-from scdiva.cli import check, convert, demo, embed, evaluate_generation, generate, impute, inspect, reconstruct, train
+from scdiva.cli import (
+    annotate,
+    check,
+    convert,
+    demo,
+    embed,
+    evaluate_generation,
+    generate,
+    impute,
+    inspect,
+    reconstruct,
+    train,
+)
 from scdiva.errors import ScdivaError
 
 app = typer.Typer(
@@ -23,6 +35,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("check")(check.check)
 app.command("embed")(embed.embed)
+app.command("annotate")(annotate.annotate)
 app.command("impute")(impute.impute)
 app.command("reconstruct")(reconstruct.reconstruct)
 app.command("generate")(generate.generate)

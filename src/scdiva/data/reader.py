@@ -121,8 +121,9 @@ def is_gene_expression(var: pd.DataFrame) -> NDArray[np.bool_]:
     for key in ("feature_types", "feature_type", "modality"):
         if key in var.columns:
             kind = var[key].astype(str).str.lower()
-            if kind.isin(["gene expression", "gene"]).any():
-                return kind.isin(["gene expression", "gene"]).to_numpy()
+            is_gene = kind.isin(["gene expression", "gene", "gex"])
+            if is_gene.any():
+                return is_gene.to_numpy()
     return np.ones(len(var), dtype=bool)
 
 

@@ -1,0 +1,512 @@
+"""``annotate``: cell types from a labelled reference, with probabilities one can read, and "unknown" where it is.
+
+Reference and query are compared over the genes that both measure: what a model says of a cell depends on the genes it
+is given. Labels are mapped to the Cell Ontology where they can be, without guessing; a cell whose type cannot be
+decided backs off to the most specific common ancestor that can.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scdiva.data.conditions import is_missing, label_text
+from scdiva.data.loader import ordered_blocks
+from scdiva.data.ontology import CellOntology, back_off, match_labels
+from scdiva.data.output import replacing
+from scdiva.data.population import read_arrays
+from scdiva.data.reader import open_counts
+from scdiva.data.source import open_source
+from scdiva.errors import BundleError, ConfigError, GeneError, OutputError, SourceError
+from scdiva.models.annotators import (
+    FALSE_UNKNOWN_RATE,
+    FEW_FOR_SELF_TRAINING,
+    Annotator,
+    Probe,
+    ReferenceIndex,
+    classes_of,
+)
+from scdiva.models.base import Embedder
+from scdiva.types import CellCounts
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from scdiva.data.source import DataLike
+
+Method = Literal["reference", "probe"]
+METHODS: tuple[Method, ...] = ("reference", "probe")
+CONFIDENCE = 0.5
+"""Probability that a cell type, or a common ancestor of several, must reach to be a cell's term."""
+MIN_SHARED_GENES = 100
+_BLOCK = 1024
+_FORMAT = 1
+_UNLABELLED_CELLS = 10_000
+_NOT_SAVED = "not saved"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What :func:`annotate` found.
+
+    Parameters
+    ----------
+    classes
+        ``(n_classes,)`` labels of the reference.
+    probability
+        ``(n_cells, n_classes)`` float32, calibrated on the reference.
+    novelty
+        ``(n_cells,)`` float32: how unlike the reference, in robust standard deviations of its own cells.
+    threshold
+        Novelty above which a cell is unknown.
+    class_ids
+        Cell Ontology id of each class; "" where its label has none.
+    record
+        What was done, for ``.uns``.
+    confidence_wanted
+        Probability that a term must reach (:data:`CONFIDENCE`).
+    """
+
+    classes: tuple[str, ...]
+    probability: NDArray[np.float32]
+    novelty: NDArray[np.float32]
+    threshold: float
+    class_ids: tuple[str, ...]
+    record: Mapping[str, Any]
+    confidence_wanted: float = CONFIDENCE
+
+    @cached_property
+    def _order(self) -> NDArray[np.int64]:
+        return np.argsort(-self.probability, axis=1, kind="stable")
+
+    @property
+    def label(self) -> NDArray[np.str_]:
+        """Most probable label of each cell, also of unknown ones."""
+        return np.asarray(self.classes, dtype=str)[self._order[:, 0]]
+
+    @property
+    def confidence(self) -> NDArray[np.float32]:
+        """Its probability."""
+        return self.probability.max(axis=1)
+
+    @property
+    def second_label(self) -> NDArray[np.str_]:
+        """Second most probable label; "" where there is one class."""
+        if len(self.classes) < 2:
+            return np.full(self.probability.shape[0], "")
+        return np.asarray(self.classes, dtype=str)[self._order[:, 1]]
+
+    @property
+    def is_unknown(self) -> NDArray[np.bool_]:
+        """Whether a cell is less like the reference than known cells are."""
+        return np.asarray(self.novelty > self.threshold)
+
+    def to_obs(self, index: pd.Index | None = None) -> pd.DataFrame:
+        """Return the columns that ``annotate`` writes to ``.obs``."""
+        import pandas as pd
+
+        terms = back_off(
+            self.probability,
+            list(self.class_ids),
+            self.confidence_wanted,
+            also_too_general=_covering(self.class_ids),
+        )
+        unknown = self.is_unknown
+        return pd.DataFrame(
+            {
+                "scdiva_cell_type": pd.Categorical(self.label, categories=list(self.classes)),
+                "scdiva_confidence": self.confidence,
+                "scdiva_second_cell_type": pd.Categorical(self.second_label),
+                "scdiva_novelty": self.novelty,
+                "scdiva_unknown": unknown,
+                "scdiva_ontology_id": pd.Categorical(np.where(unknown, "", terms.ids.astype(str))),
+                "scdiva_ontology_label": pd.Categorical(np.where(unknown, "", terms.labels.astype(str))),
+            },
+            index=index,
+        )
+
+
+def _covering(class_ids: tuple[str, ...]) -> list[str]:
+    """Return the common ancestor of all classes, if it is none of them: always certain, it says nothing."""
+    known = sorted({found for found in class_ids if found})
+    if len(known) < 2:
+        return []
+    ancestor = CellOntology.load().common_ancestor(known)
+    return [ancestor] if ancestor and ancestor not in known else []
+
+
+@dataclass(frozen=True)
+class CellTyper:
+    """An annotator that was fitted to a reference: what it takes to annotate further cells.
+
+    Parameters
+    ----------
+    annotator
+        How cells are called.
+    classes
+        Labels of the reference.
+    class_ids
+        Cell Ontology ids; "" where a label has none.
+    is_shared
+        ``(n_genes,)`` genes of the model's vocabulary that cells are compared over.
+    reference
+        What it was fitted to: name, cells, label key, model and its hash.
+    """
+
+    annotator: Annotator
+    classes: tuple[str, ...]
+    class_ids: tuple[str, ...]
+    is_shared: NDArray[np.bool_]
+    reference: Mapping[str, Any]
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write to a folder: ``annotator.json``, ``annotator.npz`` (no pickle).
+
+        Raises
+        ------
+        OutputError
+            The folder exists, or its parent does not.
+        BundleError
+            The model is not saved: nobody could tell later whether another one is the same.
+        """
+        path = Path(folder)
+        if self.reference["model_hash"] == _NOT_SAVED:
+            raise BundleError(
+                f"the annotator was fitted with {self.reference['model']}, which is not saved",
+                expected="a model from a bundle",
+                fix="model.save_pretrained(...), load it with from_pretrained, and fit the annotator again",
+            )
+        if path.exists() and not overwrite:
+            raise OutputError(f"{path} exists", expected="a new folder", fix="name another one, or pass overwrite=True")
+        if not path.parent.is_dir():
+            raise OutputError(f"the folder {path.parent} does not exist", expected="a folder", fix="create it first")
+        with replacing(path) as partial:
+            partial.mkdir()
+            arrays = {**self.annotator.arrays(), "is_shared": self.is_shared}
+            np.savez_compressed(partial / "annotator.npz", **arrays)  # type: ignore[arg-type]
+            digest = hashlib.sha256((partial / "annotator.npz").read_bytes()).hexdigest()
+            head = {
+                "format": _FORMAT,
+                "method": self.annotator.method,
+                "classes": list(self.classes),
+                "class_ids": list(self.class_ids),
+                "reference": dict(self.reference),
+                "arrays": sorted(arrays),
+                "sha256": digest,
+            }
+            (partial / "annotator.json").write_text(json.dumps(head, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        BundleError
+            It is no such folder, or damaged.
+        """
+        path = Path(folder)
+        try:
+            head = json.loads((path / "annotator.json").read_text(encoding="utf-8"))
+            content = (path / "annotator.npz").read_bytes()
+        except (OSError, ValueError) as error:
+            raise BundleError(
+                f"{path} is no annotator: {error}", expected="a folder that scdiva annotate --save wrote", fix="name it"
+            ) from error
+        is_ours = isinstance(head, dict) and head.get("format") == _FORMAT and head.get("method") in METHODS
+        if not is_ours or hashlib.sha256(content).hexdigest() != head["sha256"]:
+            raise BundleError(
+                f"{path}: annotator.json and annotator.npz do not belong together, or are of another version",
+                expected="the folder as it was written",
+                fix="fit it again",
+            )
+        arrays = read_arrays(path / "annotator.npz", head["arrays"])
+        annotator: Annotator
+        if head["method"] == "reference":
+            annotator = ReferenceIndex.from_arrays(arrays, len(head["classes"]))
+        else:
+            annotator = Probe.from_arrays(arrays)
+        return cls(annotator, tuple(head["classes"]), tuple(head["class_ids"]), arrays["is_shared"], head["reference"])
+
+    def extended(self, other: CellTyper) -> CellTyper:
+        """Return the index of both references together (method "reference").
+
+        Raises
+        ------
+        ConfigError
+            They are no indices, or of other models or genes.
+        """
+        one, two = self.annotator, other.annotator
+        if not isinstance(one, ReferenceIndex) or not isinstance(two, ReferenceIndex):
+            raise ConfigError(
+                f"methods {one.method} and {two.method}",
+                expected="two indices (method 'reference')",
+                fix="fit the others to all cells at once",
+            )
+        same_model = self.reference["model_hash"] == other.reference["model_hash"]
+        if not same_model or not np.array_equal(self.is_shared, other.is_shared):
+            raise ConfigError(
+                "the indices are of other models, or over other genes",
+                expected="one model, and genes=... the same",
+                fix="fit both to the genes that all references measure",
+            )
+        classes = tuple(sorted({*self.classes, *other.classes}))
+        code = [
+            np.array([classes.index(name) for name in typer.classes], dtype=np.int32)[index.code]
+            for typer, index in ((self, one), (other, two))
+        ]
+        ids = {
+            **dict(zip(other.classes, other.class_ids, strict=True)),
+            **dict(zip(self.classes, self.class_ids, strict=True)),
+        }
+        merged = ReferenceIndex.fit(np.concatenate([one.z, two.z]), np.concatenate(code), len(classes))
+        reference = {**self.reference, "name": f"{self.reference['name']} + {other.reference['name']}"}
+        reference["n_cells"] = int(self.reference["n_cells"]) + int(other.reference["n_cells"])
+        return CellTyper(merged, classes, tuple(ids[name] for name in classes), self.is_shared, reference)
+
+
+def fit_cell_typer(
+    reference: DataLike,
+    model: Embedder,
+    label_key: str,
+    *,
+    method: Method = "probe",
+    query: DataLike | None = None,
+    layer: str | None = None,
+    ontology: Mapping[str, str] | None = None,
+    tissue: str | None = None,
+    is_balanced: bool = False,
+    false_unknown_rate: float = FALSE_UNKNOWN_RATE,
+    seed: int = 0,
+) -> CellTyper:
+    """Fit an annotator to labelled cells.
+
+    Parameters
+    ----------
+    reference
+        Raw counts with labels in ``.obs[label_key]``; cells without a label are left out, and counted.
+    model
+        The frozen model.
+    label_key
+        Column of ``.obs``.
+    method
+        "reference" (nearest neighbours, nothing is trained) or "probe" (regressions on the frozen embedding).
+    query
+        Cells that will be annotated: the genes that they do not measure are not used, and the probe's components are
+        fitted to them as well. Their labels, if they have any, are not looked at.
+    layer
+        Where the counts of the reference are; found if left out.
+    ontology
+        Cell Ontology ids of labels that are not found by name.
+    tissue
+        For names that mean something else in each tissue ("alpha"): blood, pancreas, brain, lung, heart.
+    is_balanced
+        Whether each class has the same weight (probe).
+    false_unknown_rate
+        Share of known cells that may be called unknown.
+    seed
+        Seed.
+
+    Raises
+    ------
+    SourceError
+        No labelled cells, or a single class.
+    GeneError
+        Reference and query share too few genes.
+    KeyNotFoundError, ScaleError
+        The data cannot be used.
+    ConfigError
+        An unknown method.
+    """
+    if method not in METHODS:
+        raise ConfigError(f"method={method!r}", expected=f"one of {', '.join(METHODS)}", fix="name one")
+    if not 0 < false_unknown_rate < 1:
+        raise ConfigError(f"false_unknown_rate={false_unknown_rate}", expected="between 0 and 1", fix="leave it out")
+    source = open_source(reference)
+    reader = open_counts(source, model.vocabulary, layer=layer)
+    rows, labels = _labelled(source.column(label_key), source.name, label_key)
+    is_shared = reader.alignment.is_measured.copy()
+    unlabelled = None
+    if query is not None:
+        other = open_counts(open_source(query), model.vocabulary)
+        is_shared &= other.alignment.is_measured
+        _refuse_few_genes(is_shared, source.name, other.source.name)
+        if method == "probe":
+            some = np.sort(np.random.default_rng([seed, 3]).permutation(len(other))[:_UNLABELLED_CELLS])
+            cells = other.read(some).with_genes(is_shared)
+            unlabelled = (cells, _embedded(model, cells))
+    cells = reader.read(rows).with_genes(is_shared)
+    z = _embedded(model, cells)
+    classes, code = classes_of(labels)
+    annotator: Annotator
+    if method == "reference":
+        annotator = ReferenceIndex.fit(z, code, len(classes), false_unknown_rate=false_unknown_rate)
+    else:
+        annotator = Probe.fit(
+            cells,
+            z,
+            code,
+            len(classes),
+            seed=seed,
+            is_balanced=is_balanced,
+            false_unknown_rate=false_unknown_rate,
+            unlabelled=unlabelled,
+        )
+    matches = match_labels(list(classes), dict(ontology) if ontology else None, tissue=tissue)
+    record = {
+        "name": source.name,
+        "label_key": label_key,
+        "n_cells": int(rows.size),
+        "n_left_out": int(source.n_cells - rows.size),
+        "n_genes": int(is_shared.sum()),
+        "counts_in": reader.found.description,
+        "false_unknown_rate": false_unknown_rate,
+        "cells_per_class": {name: int(n) for name, n in zip(classes, np.bincount(code), strict=True)},
+        "model": str(model.provenance["model"]),
+        "model_hash": str(model.provenance["model_hash"]),
+        "vocabulary_fingerprint": model.vocabulary.fingerprint,
+        "labels_without_ontology_id": list(matches.unmatched),
+    }
+    return CellTyper(annotator, classes, tuple(matches.id_of.get(name, "") for name in classes), is_shared, record)
+
+
+def annotate(
+    query: DataLike,
+    model: Embedder,
+    typer: CellTyper,
+    *,
+    layer: str | None = None,
+    self_training: bool | Literal["auto"] = "auto",
+    confidence: float = CONFIDENCE,
+    on_block: Callable[[int], None] | None = None,
+) -> Annotation:
+    """Annotate cells.
+
+    Parameters
+    ----------
+    query
+        Raw counts.
+    model
+        The model that ``typer`` was fitted with.
+    typer
+        From :func:`fit_cell_typer`, or loaded.
+    layer
+        Where the counts are; found if left out.
+    self_training
+        Whether a probe goes on to learn from query cells that it is sure of (up to 10,000); "auto": where the
+        reference has fewer than 50 cells per class (median).
+    confidence
+        Probability that an ontology term must reach.
+    on_block
+        Called with the number of cells done, for progress.
+
+    Raises
+    ------
+    BundleError
+        The model is another one than the typer was fitted with.
+    GeneError
+        The query measures too few of the typer's genes.
+    SourceError, ScaleError, KeyNotFoundError
+        The data cannot be used.
+    """
+    if str(model.provenance["model_hash"]) != typer.reference["model_hash"]:
+        raise BundleError(
+            f"the annotator was fitted with {typer.reference['model']}, and this is another model, or other weights",
+            expected=f"the model of hash {typer.reference['model_hash'][:12]}",
+            fix="load that one, or fit the annotator again",
+        )
+    reader = open_counts(open_source(query), model.vocabulary, layer=layer)
+    is_used = typer.is_shared & reader.alignment.is_measured
+    _refuse_few_genes(is_used, str(typer.reference["name"]), reader.source.name)
+    annotator = typer.annotator
+    is_self_trained = _is_self_trained(self_training, typer)
+    if is_self_trained and isinstance(annotator, Probe):
+        rows = np.sort(np.random.default_rng(0).permutation(len(reader))[:_UNLABELLED_CELLS])
+        cells = reader.read(rows).with_genes(typer.is_shared)
+        annotator = annotator.self_trained(cells, _embedded(model, cells))
+    probability = np.empty((len(reader), len(typer.classes)), dtype=np.float32)
+    novelty = np.empty(len(reader), dtype=np.float32)
+    start = 0
+    for block in ordered_blocks(reader, _BLOCK):
+        cells = block.with_genes(typer.is_shared)
+        calls = annotator.calls(cells, model.embed(cells))
+        stop = start + cells.n_cells
+        probability[start:stop], novelty[start:stop] = calls.probability, calls.novelty
+        start = stop
+        if on_block is not None:
+            on_block(stop)
+    n_missing = int(typer.is_shared.sum() - is_used.sum())
+    if n_missing:
+        log.warning(
+            "%s does not measure %d of the %d genes that the annotator was fitted to; they count as unknown",
+            reader.source.name, n_missing, int(typer.is_shared.sum()),
+        )  # fmt: skip
+    record = {
+        "method": annotator.method,
+        "reference": dict(typer.reference),
+        "n_genes_missing": n_missing,
+        "self_training": is_self_trained,
+        "confidence": confidence,
+        "threshold": annotator.calibration.threshold,
+        "counts_in": reader.found.description,
+        **model.provenance,
+    }
+    if isinstance(annotator, Probe):
+        record["regressions"] = list(annotator.regressions)
+    return Annotation(
+        typer.classes, probability, novelty, annotator.calibration.threshold, typer.class_ids, record, confidence
+    )
+
+
+def _is_self_trained(wanted: bool | Literal["auto"], typer: CellTyper) -> bool:
+    if not isinstance(typer.annotator, Probe):
+        return False
+    if wanted != "auto":
+        return wanted
+    return float(np.median(list(typer.reference["cells_per_class"].values()))) < FEW_FOR_SELF_TRAINING
+
+
+def _embedded(model: Embedder, cells: CellCounts) -> NDArray[np.float32]:
+    parts = [model.embed(cells.take(rows)) for rows in _blocks(cells.n_cells)]
+    return np.concatenate(parts) if parts else np.empty((0, model.n_latent), dtype=np.float32)
+
+
+def _blocks(n: int) -> list[NDArray[np.int64]]:
+    return [np.arange(first, min(first + _BLOCK, n)) for first in range(0, n, _BLOCK)]
+
+
+def _labelled(column: Any, name: str, key: str) -> tuple[NDArray[np.int64], list[str]]:
+    labels = np.array([label_text(value) for value in column], dtype=str)
+    kinds, inverse = np.unique(labels, return_inverse=True)
+    rows = np.flatnonzero(~np.array([is_missing(kind) for kind in kinds])[inverse])
+    found = np.unique(labels[rows])
+    if found.size < 2:
+        raise SourceError(
+            f".obs[{key!r}] of {name} holds {found.size} label{'s' if found.size != 1 else ''}"
+            + (f" ({found[0]})" if found.size else ""),
+            expected="at least two cell types",
+            fix="name another column, or give another reference",
+        )
+    if rows.size < labels.size:
+        log.warning("%s: %d cells without a label in .obs[%r] are left out", name, labels.size - rows.size, key)
+    return rows, labels[rows].tolist()
+
+
+def _refuse_few_genes(is_shared: NDArray[np.bool_], reference: str, query: str) -> None:
+    if int(is_shared.sum()) < MIN_SHARED_GENES:
+        raise GeneError(
+            f"{reference} and {query} share {int(is_shared.sum())} genes that the model knows",
+            expected=f"at least {MIN_SHARED_GENES}",
+            fix="check gene names and species of both: scdiva check",
+        )

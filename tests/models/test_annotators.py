@@ -1,0 +1,223 @@
+"""Annotators on made cells: what votes, what is chosen, what is calibrated, and what is new."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+
+from scdiva.models import annotators
+from scdiva.models.annotators import Calibration, Features, Probe, ReferenceIndex, Regression, classes_of
+from scdiva.types import CellCounts
+
+N_GENES, N_TYPES = 60, 4
+
+
+def made(n: int, seed: int, *, types: tuple[int, ...] = (0, 1, 2), measured: np.ndarray | None = None):
+    """Cells whose type doubles ten genes of its own; z is a noisy copy of the type."""
+    rng = np.random.default_rng(seed)
+    code = rng.choice(types, n)
+    rate = np.full((n, N_GENES), 2.0)
+    for row, of in enumerate(code):
+        rate[row, 10 * of : 10 * of + 10] *= 4
+    counts = rng.poisson(rate).astype(np.int32)
+    is_measured = np.ones(N_GENES, dtype=bool) if measured is None else measured
+    counts[:, ~is_measured] = 0
+    matrix = sp.csr_matrix(counts)
+    cells = CellCounts(
+        matrix,
+        np.asarray(matrix.sum(axis=1), dtype=float).ravel(),
+        np.arange(n),
+        np.zeros(n, np.int32),
+        is_measured[None],
+    )
+    z = np.zeros((n, 6), dtype=np.float32)
+    z[np.arange(n), code] = 3.0
+    return cells, (z + rng.normal(size=z.shape)).astype(np.float32), code.astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def probe() -> Probe:
+    cells, z, code = made(180, 0)
+    return Probe.fit(cells, z, code, 3, seed=0)
+
+
+class TestReferenceIndex:
+    def test_neighbours_vote(self):
+        _, z, code = made(200, 0)
+        index = ReferenceIndex.fit(z, code, 3)
+        cells, new, truth = made(100, 1)
+        calls = index.calls(cells, new)
+        assert (calls.probability.argmax(axis=1) == truth).mean() > 0.9
+        np.testing.assert_allclose(calls.probability.sum(axis=1), 1, atol=1e-5)
+        # by hand: half a vote is spread over the classes, and the temperature divides the logs
+        distance = np.linalg.norm(z - new[0], axis=1)
+        votes = np.bincount(code[np.argsort(distance)[:15]], minlength=3) + 0.5 / 3
+        p = (votes / votes.sum()) ** (1 / index.calibration.temperature)
+        np.testing.assert_allclose(calls.probability[0], p / p.sum(), rtol=1e-4)
+
+    def test_no_cell_votes_for_itself_in_the_calibration(self):
+        # labels at random: leave-one-out probabilities must not know them, and the temperature makes them flat
+        _, z, _ = made(300, 0)
+        code = np.random.default_rng(5).integers(0, 3, 300).astype(np.int32)
+        index = ReferenceIndex.fit(z, code, 3)
+        assert index.calibration.temperature > 1.5
+
+    def test_cells_at_the_same_place(self):
+        z = np.zeros((40, 3), dtype=np.float32)
+        index = ReferenceIndex.fit(z, np.arange(40, dtype=np.int32) % 2, 2)
+        assert np.isfinite(index.calls(made(5, 0)[0], z[:5]).probability).all()
+
+    def test_about_the_stated_share_of_known_cells_is_unknown(self):
+        _, z, code = made(2000, 0)
+        index = ReferenceIndex.fit(z, code, 3, false_unknown_rate=0.1)
+        cells, new, _ = made(2000, 1)
+        share = (index.calls(cells, new).novelty > index.calibration.threshold).mean()
+        assert 0.06 < share < 0.14
+
+    def test_an_approximate_index_finds_nearly_the_same(self, monkeypatch):
+        _, z, code = made(600, 0)
+        cells, new, _ = made(60, 1)
+        exact = ReferenceIndex.fit(z, code, 3)
+        monkeypatch.setattr(annotators, "_MANY_CELLS", 100)
+        rough = ReferenceIndex.fit(z, code, 3)
+        assert type(rough._index[0]).__name__ == "NNDescent"
+        np.testing.assert_allclose(exact.calls(cells, new).probability, rough.calls(cells, new).probability, atol=0.2)
+
+
+class TestProbe:
+    def test_it_calls_types(self, probe):
+        cells, z, code = made(200, 1)
+        calls = probe.calls(cells, z)
+        assert (calls.probability.argmax(axis=1) == code).mean() > 0.95
+        assert set(probe.loss) == {"joint", "genes", "model+own+genes", "joint+genes"}
+        assert "+".join(probe.regressions) == min(probe.loss, key=probe.loss.get)
+
+    def test_a_useless_z_is_not_listened_to(self):
+        cells, z, code = made(180, 0)
+        noise = np.random.default_rng(0).normal(size=z.shape).astype(np.float32)
+        probe = Probe.fit(cells, noise, code, 3, seed=0)
+        new, _, truth = made(200, 1)
+        fresh = np.random.default_rng(1).normal(size=(200, 6)).astype(np.float32)
+        assert (probe.calls(new, fresh).probability.argmax(axis=1) == truth).mean() > 0.95
+
+    def test_novel_cells_are_novel(self, probe):
+        known, z, _ = made(200, 1)
+        novel, z_novel, _ = made(200, 2, types=(3,))
+        one, two = (probe.calls(*cells).novelty for cells in ((known, z), (novel, z_novel)))
+        assert np.median(two) > np.quantile(one, 0.95)
+        assert (one > probe.calibration.threshold).mean() < 0.12
+
+    def test_with_few_cells_there_is_nothing_to_choose(self):
+        cells, z, code = made(24, 0)
+        probe = Probe.fit(cells, z, code, 3, seed=0)
+        assert list(probe.regressions) == ["joint"]
+
+    def test_one_cell_of_each_type(self):
+        cells, z, code = made(100, 0)
+        rows = np.array([np.flatnonzero(code == c)[0] for c in range(3)])
+        probe = Probe.fit(cells.take(rows), z[rows], code[rows], 3, seed=0)
+        calls = probe.calls(cells, z)
+        assert np.isfinite(calls.probability).all()
+        assert probe.calibration.threshold == np.inf
+
+    def test_one_class_with_one_cell(self):
+        cells, z, code = made(100, 0)
+        code = np.where(np.arange(100) == 7, 3, code)
+        probe = Probe.fit(cells, z, code, N_TYPES, seed=0)
+        assert np.isfinite(probe.calls(cells, z).probability).all()
+
+    def test_weights_by_class_move_the_border(self):
+        cells, z, code = made(400, 0, types=(0,) * 9 + (1,))
+        flat = np.zeros_like(z)
+        counts = cells.with_genes(np.arange(N_GENES) >= 40)  # nothing tells the types apart
+        plain, balanced = (
+            Probe.fit(counts, flat, code, 2, seed=0, is_balanced=is_balanced) for is_balanced in (False, True)
+        )
+        assert plain.calls(counts, flat).probability[:, 1].mean() < 0.2
+        assert balanced.calls(counts, flat).probability[:, 1].mean() > 0.3
+
+    def test_self_training_learns_from_the_query(self):
+        cells, z, code = made(300, 0)
+        rows = np.concatenate([np.flatnonzero(code == c)[:2] for c in range(3)])
+        probe = Probe.fit(cells.take(rows), z[rows], code[rows], 3, seed=0, unlabelled=(cells, z))
+        after = probe.self_trained(cells, z)
+        right = [(p.calls(cells, z).probability.argmax(axis=1) == code).mean() for p in (probe, after)]
+        assert right[1] >= right[0]
+        assert not np.array_equal(probe.regressions["joint"].coef, after.regressions["joint"].coef)
+
+    def test_genes_that_are_not_measured_are_unknown_not_zero(self, probe):
+        measured = np.ones(N_GENES, dtype=bool)
+        measured[[3, 14, 25, 50]] = False
+        cells, z, code = made(200, 1, measured=measured)
+        x = probe.features.of(cells, z)["genes"]
+        where = [list(probe.features.detected).index(gene) for gene in (3, 14, 25, 50)]
+        np.testing.assert_allclose(
+            x[:, where].toarray(), np.tile(probe.features.detected_mean[where], (200, 1)), rtol=1e-6
+        )
+        assert (probe.calls(cells, z).probability.argmax(axis=1) == code).mean() > 0.9
+
+    def test_saved_and_read_it_says_the_same(self, probe, tmp_path):
+        np.savez(tmp_path / "a.npz", **probe.arrays())
+        with np.load(tmp_path / "a.npz", allow_pickle=False) as archive:
+            again = Probe.from_arrays(dict(archive))
+        cells, z, _ = made(50, 1)
+        for one, two in zip(vars_of(probe.calls(cells, z)), vars_of(again.calls(cells, z)), strict=True):
+            np.testing.assert_array_equal(one, two)
+        assert again.loss == probe.loss
+
+    def test_the_seed_decides(self):
+        cells, z, code = made(120, 0)
+        one, two = (Probe.fit(cells, z, code, 3, seed=1).arrays() for _ in range(2))
+        assert all(np.array_equal(one[name], two[name], equal_nan=one[name].dtype.kind == "f") for name in one)
+
+
+def vars_of(calls):
+    return calls.probability, calls.novelty
+
+
+class TestRegression:
+    @pytest.mark.parametrize("n_classes", [2, 3])
+    def test_it_is_scikit_learns(self, n_classes):
+        from sklearn.linear_model import LogisticRegression
+
+        rng = np.random.default_rng(0)
+        x, code = rng.normal(size=(90, 5)).astype(np.float32), rng.integers(0, n_classes, 90)
+        found = Regression.fit(x, code, n_classes, None, 1.0)
+        expected = LogisticRegression(C=1.0, max_iter=300).fit(x, code).predict_log_proba(x)
+        np.testing.assert_allclose(found.log_probability(x), expected, atol=1e-4)
+
+    def test_a_class_without_cells_is_never_called(self):
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(30, 4)).astype(np.float32)
+        found = Regression.fit(x, np.arange(30) % 2 * 2, 3, None, 1.0).log_probability(x)
+        assert (found[:, 1] < -20).all()
+
+
+class TestCalibration:
+    def test_the_temperature_undoes_overconfidence(self):
+        rng = np.random.default_rng(0)
+        log_p = annotators._log_softmax(rng.normal(size=(4000, 3)))
+        code = np.array([rng.choice(3, p=np.exp(row)) for row in log_p])
+        fitted = Calibration.fit(3.0 * log_p, np.ones(4000) + rng.random(4000), code)
+        assert fitted.temperature == pytest.approx(3.0, rel=0.1)
+
+    def test_it_survives_being_saved(self):
+        fitted = Calibration(1.5, np.array([1.0, 2.0]), np.array([3.0, 4.0]), 5.0)
+        again = Calibration.from_arrays(fitted.arrays())
+        assert (again.temperature, again.threshold) == (1.5, 5.0)
+        np.testing.assert_array_equal(again.centre, fitted.centre)
+        np.testing.assert_array_equal(again.spread, fitted.spread)
+
+
+def test_components_are_those_of_all_cells_that_are_given():
+    cells, z, _ = made(200, 0)
+    few = cells.take(np.arange(3))
+    assert Features.fit((few, z[:3]), seed=0).loading.shape[1] == 2
+    assert Features.fit((few, z[:3]), (cells, z), seed=0).loading.shape[1] == 50
+
+
+def test_classes_are_sorted():
+    names, code = classes_of(["b", "a", "b"])
+    assert names == ("a", "b")
+    assert code.tolist() == [1, 0, 1]

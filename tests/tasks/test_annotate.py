@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import anndata as ad
+import numpy as np
+import pytest
+
+import scdiva as sd
+from scdiva.errors import BundleError, ConfigError, GeneError, KeyNotFoundError, OutputError, ScdivaError, SourceError
+from scdiva.models.scdiva import ScDiVa
+from scdiva.tasks.annotate import CellTyper, annotate, fit_cell_typer
+
+
+@pytest.fixture(scope="module")
+def split(_cells) -> tuple[ad.AnnData, ad.AnnData]:
+    order = np.random.default_rng(0).permutation(120)
+    return _cells[order[:80]].copy(), _cells[order[80:]].copy()
+
+
+@pytest.fixture(scope="module", params=["probe", "reference"])
+def typer(request, split, tiny_model) -> CellTyper:
+    return fit_cell_typer(split[0], tiny_model, "cell_type", method=request.param, query=split[1])
+
+
+def test_types_are_found_and_written(split, tiny_model, typer):
+    query = split[1].copy()
+    sd.tl.annotate(query, tiny_model, typer)
+    assert (query.obs["scdiva_cell_type"].astype(str) == query.obs["cell_type"].astype(str)).mean() > 0.9
+    assert query.obs["scdiva_confidence"].between(0, 1).all()
+    table = query.obsm["scdiva_cell_type_probability"]
+    assert list(table.columns) == list(typer.classes)
+    np.testing.assert_allclose(table.sum(axis=1), 1, atol=1e-5)
+    assert (table.idxmax(axis=1) == query.obs["scdiva_cell_type"].astype(str)).all()
+    assert (query.obs["scdiva_second_cell_type"].astype(str) != query.obs["scdiva_cell_type"].astype(str)).all()
+    record = query.uns["scdiva"]["annotate"]
+    assert record["reference"]["n_cells"] == 80
+    assert record["method"] == typer.annotator.method
+
+
+def test_a_file_and_a_notebook_agree(split, tiny_model, typer, tmp_path):
+    split[1].write_h5ad(tmp_path / "query.h5ad")
+    sd.tl.annotate_file(tmp_path / "query.h5ad", tmp_path / "out.h5ad", tiny_model, typer)
+    query = split[1].copy()
+    sd.tl.annotate(query, tiny_model, typer)
+    written = ad.read_h5ad(tmp_path / "out.h5ad")
+    for name in query.obs:
+        assert (written.obs[name].astype(str) == query.obs[name].astype(str)).all(), name
+    np.testing.assert_array_equal(
+        written.obsm["scdiva_cell_type_probability"], query.obsm["scdiva_cell_type_probability"]
+    )
+
+
+def test_other_cells_and_their_order_do_not_matter(split, tiny_model, typer):
+    whole = annotate(split[1], tiny_model, typer, self_training=False)
+    order = np.random.default_rng(1).permutation(40)
+    part = annotate(split[1][order[:11]].copy(), tiny_model, typer, self_training=False)
+    np.testing.assert_allclose(part.probability, whole.probability[order[:11]], atol=1e-4)
+    np.testing.assert_allclose(part.novelty, whole.novelty[order[:11]], atol=1e-2)
+
+
+def test_labels_of_the_query_are_not_looked_at(split, tiny_model):
+    plain = split[1].copy()
+    del plain.obs["cell_type"]
+    found = [
+        annotate(query, tiny_model, fit_cell_typer(split[0], tiny_model, "cell_type", query=query)).probability
+        for query in (split[1], plain)
+    ]
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_saved_annotator_says_the_same(split, bundle, tmp_path):
+    model = ScDiVa.from_pretrained(bundle, device="cpu")
+    for method in ("probe", "reference"):
+        typer = fit_cell_typer(split[0], model, "cell_type", method=method)
+        typer.save(tmp_path / method)
+        again = CellTyper.load(tmp_path / method)
+        one, two = (annotate(split[1], model, t) for t in (typer, again))
+        np.testing.assert_array_equal(one.probability, two.probability)
+        np.testing.assert_array_equal(one.is_unknown, two.is_unknown)
+        with pytest.raises(OutputError, match="exists"):
+            typer.save(tmp_path / method)
+        typer.save(tmp_path / method, overwrite=True)
+    content = bytearray((tmp_path / "probe" / "annotator.npz").read_bytes())
+    content[100] ^= 1
+    (tmp_path / "probe" / "annotator.npz").write_bytes(content)
+    with pytest.raises(BundleError, match="belong together"):
+        CellTyper.load(tmp_path / "probe")
+    with pytest.raises(BundleError, match="no annotator"):
+        CellTyper.load(tmp_path)
+
+
+def test_an_annotator_of_another_model_is_refused(split, bundle, tiny_trunk_model, tiny_model, tmp_path):
+    typer = fit_cell_typer(split[0], ScDiVa.from_pretrained(bundle, device="cpu"), "cell_type")
+    with pytest.raises(BundleError, match="another model"):
+        annotate(split[1], tiny_trunk_model, typer)
+    with pytest.raises(BundleError, match="not saved"):
+        fit_cell_typer(split[0], tiny_model, "cell_type").save(tmp_path / "a")
+
+
+def test_two_references_in_one_index(split, tiny_model):
+    one, two = (
+        fit_cell_typer(split[0][rows].copy(), tiny_model, "cell_type", method="reference")
+        for rows in (np.arange(40), np.arange(40, 80))
+    )
+    both, whole = one.extended(two), fit_cell_typer(split[0], tiny_model, "cell_type", method="reference")
+    np.testing.assert_allclose(
+        annotate(split[1], tiny_model, both).probability,
+        annotate(split[1], tiny_model, whole).probability,
+        atol=1e-4,
+    )
+    with pytest.raises(ConfigError, match="indices"):
+        one.extended(fit_cell_typer(split[0], tiny_model, "cell_type", method="probe"))
+
+
+def test_cells_without_a_label_are_left_out(split, tiny_model, caplog):
+    reference = split[0].copy()
+    labels = reference.obs["cell_type"].astype(object).to_numpy()
+    labels[:7], labels[7:9] = np.nan, "unassigned"
+    reference.obs["cell_type"] = labels
+    typer = fit_cell_typer(reference, tiny_model, "cell_type")
+    assert typer.reference["n_cells"] == 71
+    assert typer.reference["n_left_out"] == 9
+    assert "9 cells without a label" in caplog.text
+
+
+class TestWhatCannotBe:
+    def refused(self, error: type[ScdivaError], text: str, *arguments, **options) -> None:
+        with pytest.raises(error, match=text):
+            fit_cell_typer(*arguments, **options)
+
+    def test_no_such_column(self, split, tiny_model):
+        self.refused(KeyNotFoundError, "celltype", split[0], tiny_model, "celltype")
+
+    def test_one_class(self, split, tiny_model):
+        one = split[0].copy()
+        one.obs["cell_type"] = "T"
+        self.refused(SourceError, r"1 label \(T\)", one, tiny_model, "cell_type")
+
+    def test_no_label_at_all(self, split, tiny_model):
+        none = split[0].copy()
+        none.obs["cell_type"] = np.nan
+        self.refused(SourceError, "0 labels", none, tiny_model, "cell_type")
+
+    def test_an_unknown_method(self, split, tiny_model):
+        self.refused(ConfigError, "method='magic'", split[0], tiny_model, "cell_type", method="magic")
+
+    def test_genes_that_do_not_overlap(self, split, tiny_model):
+        one, two = split[0][:, :110].copy(), split[1][:, 90:].copy()
+        self.refused(GeneError, "share", one, tiny_model, "cell_type", query=two)
+
+    def test_a_term_that_does_not_exist(self, split, tiny_model):
+        label = str(split[0].obs["cell_type"].iloc[0])
+        self.refused(ScdivaError, "CL:9999999", split[0], tiny_model, "cell_type", ontology={label: "CL:9999999"})
+
+    def test_nothing_is_written_after_a_failure(self, split, tiny_model):
+        query = split[1].copy()
+        with pytest.raises(ConfigError):
+            sd.tl.annotate(query, tiny_model, split[0])
+        assert "scdiva_cell_type" not in query.obs
+
+
+def test_terms_of_the_cell_ontology(split, tiny_model):
+    names = dict(zip(sorted(set(split[0].obs["cell_type"])), ("B cell", "CD4+ T", "CD8+ T"), strict=True))
+    reference, query = split[0].copy(), split[1].copy()
+    reference.obs["cell_type"] = reference.obs["cell_type"].map(names).astype(str)
+    sd.tl.annotate(query, tiny_model, reference, "cell_type", confidence=0.999999)
+    assert set(query.obs["scdiva_ontology_id"]) <= {"CL:0000236", "CL:0000624", "CL:0000625", "CL:0000789", ""}
+    sure = query.copy()
+    sd.tl.annotate(sure, tiny_model, reference, "cell_type", confidence=0.3)
+    known = ~sure.obs["scdiva_unknown"]
+    assert (sure.obs["scdiva_ontology_id"][known].astype(str) != "").mean() > 0.9
+    assert (sure.obs["scdiva_ontology_id"][~known].astype(str) == "").all()
+
+
+def test_the_command(split, bundle, cli, tmp_path):
+    split[0].write_h5ad(tmp_path / "reference.h5ad")
+    split[1].write_h5ad(tmp_path / "query.h5ad")
+    query, out = tmp_path / "query.h5ad", tmp_path / "out.h5ad"
+    given = ("--reference", tmp_path / "reference.h5ad", "--label-key", "cell_type")
+    done = cli("annotate", query, out, *given, "--model", bundle, "--save", tmp_path / "typer")
+    assert done.code == 0, done.err
+    assert "40 cells annotated with 3 types" in done.out
+    again = cli("annotate", query, tmp_path / "again.h5ad", "--annotator", tmp_path / "typer", "--model", bundle)
+    assert again.code == 0, again.err
+    one, two = (ad.read_h5ad(path) for path in (out, tmp_path / "again.h5ad"))
+    assert (one.obs["scdiva_cell_type"] == two.obs["scdiva_cell_type"]).all()
+    assert cli("annotate", query, out, "--annotator", tmp_path / "typer", "--model", bundle).code == 2
+    assert cli("annotate", query, tmp_path / "x.h5ad", "--model", bundle).code == 2
+    assert not (tmp_path / "x.h5ad").exists()
