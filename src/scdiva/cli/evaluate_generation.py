@@ -67,17 +67,17 @@ def evaluate_generation(
         out.mkdir(parents=True, exist_ok=True)
         report = task.evaluate_generated(file, heldout, generated, unit=unit, **shared)  # type: ignore[arg-type]
     else:
-        generators = {}
-        data: Any = file
-        if methods is None or "scdiva" in methods:
-            from scdiva.models.scdiva import ScDiVa
+        from scdiva.models.scdiva import ScDiVa
 
-            loaded = ScDiVa.from_pretrained(model, device=device)
+        loaded = ScDiVa.from_pretrained(model, device=device)
+        generators = {}
+        if methods is None or "scdiva" in methods:
             generators["scdiva"] = task.generator_of("scdiva", loaded, labels_key, folder=out / "models")
             # rows of another model, or of another version of it, are not its rows
             generators["scdiva"].fingerprint = loaded.bundle_hash  # type: ignore[attr-defined]
-            data, what = task.known_cells(file, loaded.vocabulary, labels_key, layer=layer)
-            typer.echo(what)
+        # whichever methods are asked for: rows of one folder are of the same genes
+        data, what = task.known_cells(file, loaded.vocabulary, labels_key, layer=layer)
+        typer.echo(what)
         out.mkdir(parents=True, exist_ok=True)
         report = task.evaluate_generation(
             data, generators, train_fraction=train_fraction, cells_folder=out / "cells", **shared
