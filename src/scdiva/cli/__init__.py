@@ -15,6 +15,7 @@ from scdiva.cli import (
     convert,
     demo,
     embed,
+    evaluate_annotation,
     evaluate_generation,
     generate,
     impute,
@@ -51,6 +52,7 @@ evaluate = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+evaluate.command("annotation")(evaluate_annotation.evaluate_annotation)
 evaluate.command("generation")(evaluate_generation.evaluate_generation)
 app.add_typer(evaluate, name="evaluate")
 

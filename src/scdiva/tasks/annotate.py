@@ -36,7 +36,7 @@ from scdiva.models.annotators import (
     classes_of,
 )
 from scdiva.models.base import Embedder
-from scdiva.types import CellCounts
+from scdiva.tasks.embed import embed_cells
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -345,9 +345,9 @@ def fit_cell_typer(
         if method == "probe":
             some = np.sort(np.random.default_rng([seed, 3]).permutation(len(other))[:_UNLABELLED_CELLS])
             cells = other.read(some).with_genes(is_shared)
-            unlabelled = (cells, _embedded(model, cells))
+            unlabelled = (cells, embed_cells(model, cells))
     cells = reader.read(rows).with_genes(is_shared)
-    z = _embedded(model, cells)
+    z = embed_cells(model, cells)
     classes, code = classes_of(labels)
     annotator: Annotator
     if method == "reference":
@@ -434,7 +434,7 @@ def annotate(
     if is_self_trained and isinstance(annotator, Probe):
         rows = np.sort(np.random.default_rng(0).permutation(len(reader))[:_UNLABELLED_CELLS])
         cells = reader.read(rows).with_genes(typer.is_shared)
-        annotator = annotator.self_trained(cells, _embedded(model, cells))
+        annotator = annotator.self_trained(cells, embed_cells(model, cells))
     probability = np.empty((len(reader), len(typer.classes)), dtype=np.float32)
     novelty = np.empty(len(reader), dtype=np.float32)
     start = 0
@@ -475,15 +475,6 @@ def _is_self_trained(wanted: bool | Literal["auto"], typer: CellTyper) -> bool:
     if wanted != "auto":
         return wanted
     return float(np.median(list(typer.reference["cells_per_class"].values()))) < FEW_FOR_SELF_TRAINING
-
-
-def _embedded(model: Embedder, cells: CellCounts) -> NDArray[np.float32]:
-    parts = [model.embed(cells.take(rows)) for rows in _blocks(cells.n_cells)]
-    return np.concatenate(parts) if parts else np.empty((0, model.n_latent), dtype=np.float32)
-
-
-def _blocks(n: int) -> list[NDArray[np.int64]]:
-    return [np.arange(first, min(first + _BLOCK, n)) for first in range(0, n, _BLOCK)]
 
 
 def _labelled(column: Any, name: str, key: str) -> tuple[NDArray[np.int64], list[str]]:

@@ -129,6 +129,14 @@ def embed(
     return Embedding(z, denoised, record)
 
 
+def embed_cells(model: Embedder, cells: CellCounts) -> NDArray[np.float32]:
+    """Embed cells that are in memory, block by block; ``(n_cells, n_latent)``."""
+    starts = range(0, cells.n_cells, _AUTO_BLOCK)
+    blocks = (np.arange(start, min(start + _AUTO_BLOCK, cells.n_cells)) for start in starts)
+    parts = [model.embed(cells.take(rows)) for rows in blocks]
+    return np.concatenate(parts) if parts else np.empty((0, model.n_latent), dtype=np.float32)
+
+
 def _embed_block(
     cells: CellCounts, *, model: Embedder, decoder: ProfileDecoder | None, genes: NDArray[np.int64]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
