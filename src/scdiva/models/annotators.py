@@ -24,6 +24,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from scdiva.serialization import log1p_cp10k
 from scdiva.types import CellCounts
 
 N_NEIGHBORS = 15
@@ -289,7 +290,7 @@ class Features:
         """Choose variable genes and fit components on cells and their embeddings; labels are not looked at."""
         from sklearn.decomposition import PCA
 
-        values = sp.csr_matrix(sp.vstack([log_cp10k(cells) for cells, _ in groups]))
+        values = sp.csr_matrix(sp.vstack([_values(cells) for cells, _ in groups]))
         z = np.concatenate([z for _, z in groups])
         rng = np.random.default_rng(seed)
         rows = np.sort(rng.permutation(values.shape[0])[:_FIT_CELLS])
@@ -312,7 +313,7 @@ class Features:
 
     def of(self, cells: CellCounts, z: NDArray[np.float32]) -> dict[str, Any]:
         """Return the features of each regression: ``(N, F)`` by name; CSR for "genes"."""
-        values = log_cp10k(cells)
+        values = _values(cells)
         model = (_LATENT_SCALE * (z - self.centre) / self.scale).astype(np.float32)
         own = (_filled(values, cells, self.gene, self.gene_mean) - self.gene_mean) @ self.loading
         genes = values[:, self.detected]
@@ -546,11 +547,8 @@ class Probe:
         )
 
 
-def log_cp10k(cells: CellCounts) -> sp.csr_matrix:
-    """Return log1p(CP10K), CSR float32."""
-    scale = 1e4 / np.maximum(cells.library_size, 1.0)
-    values = np.log1p(cells.counts.data * np.repeat(scale, np.diff(cells.counts.indptr))).astype(np.float32)
-    return sp.csr_matrix((values, cells.counts.indices, cells.counts.indptr), shape=cells.counts.shape)
+def _values(cells: CellCounts) -> sp.csr_matrix:
+    return sp.csr_matrix((log1p_cp10k(cells), cells.counts.indices, cells.counts.indptr), shape=cells.counts.shape)
 
 
 def _variable_genes(values: sp.csr_matrix) -> NDArray[np.int64]:
