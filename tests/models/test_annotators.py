@@ -145,6 +145,8 @@ class TestProbe:
         right = [(p.calls(cells, z).probability.argmax(axis=1) == code).mean() for p in (probe, after)]
         assert right[1] >= right[0]
         assert not np.array_equal(probe.regressions["joint"].coef, after.regressions["joint"].coef)
+        before, now = (p.calls(cells, z).probability.max(axis=1).mean() for p in (probe, after))
+        assert now == pytest.approx(before, abs=0.02)
 
     def test_genes_that_are_not_measured_are_unknown_not_zero(self, probe):
         measured = np.ones(N_GENES, dtype=bool)

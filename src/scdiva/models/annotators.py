@@ -501,10 +501,12 @@ class Probe:
         """Return the probe, trained further on what it is sure of among unlabelled cells.
 
         Three rounds; a cell counts as much as its probability. For references of few cells, or of another laboratory
-        (our decision; docs/experiments.md).
+        (our decision; docs/experiments.md). A probe that learns from its own calls grows surer of them and not as much
+        better: its temperature is set anew, so that its mean confidence on these cells stays what it was.
         """
         x = self.features.of(cells, z)["joint"]
         probe = self
+        confidence = float(self.calls(cells, z).probability.max(axis=1).mean())
         for _ in range(_SELF_TRAINING_ROUNDS):
             probability = probe.calls(cells, z).probability
             best = probability.max(axis=1)
@@ -513,7 +515,9 @@ class Probe:
             code = np.concatenate([self.kept_code, probability[sure].argmax(axis=1)])
             weight = np.concatenate([np.ones(self.kept_code.size), best[sure]])
             fitted = Regression.fit(together, code, self.n_classes, weight, _C["joint"])
-            probe = replace(probe, regressions={"joint": fitted})
+            temperature = _temperature_of_mean(fitted.log_probability(x), confidence)
+            calibration = replace(self.calibration, temperature=temperature)
+            probe = replace(probe, regressions={"joint": fitted}, calibration=calibration)
         return probe
 
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -627,6 +631,16 @@ def _temperature(log_probability: NDArray[np.floating], code: NDArray[np.integer
         return float(-_log_softmax(log_probability * np.exp(-log_t))[rows, code].mean())
 
     return float(np.exp(minimize_scalar(loss, bounds=(-np.log(4), np.log(4)), method="bounded").x))
+
+
+def _temperature_of_mean(log_probability: NDArray[np.floating], confidence: float) -> float:
+    """Temperature at which the mean probability of the best class is a given one, between 1/4 and 16."""
+    low, high = np.log(0.25), np.log(16.0)
+    for _ in range(30):
+        middle = (low + high) / 2
+        is_too_sure = _softmax(log_probability * np.exp(-middle)).max(axis=1).mean() > confidence
+        low, high = (middle, high) if is_too_sure else (low, middle)
+    return float(np.exp((low + high) / 2))
 
 
 def _log_softmax(x: NDArray[np.floating]) -> NDArray[np.float64]:
