@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from scdiva.cli.common import DEFAULT_MODEL, ModelOption, OverwriteOption
+
+if TYPE_CHECKING:
+    from scdiva.models.base import Embedder
 
 
 def demo(
@@ -16,7 +19,7 @@ def demo(
     model: ModelOption = DEFAULT_MODEL,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Check, embed and draw 2,700 blood cells that come with the package; a minute or two on a laptop."""
+    """Check, embed, draw and annotate 2,700 blood cells that come with the package, and generate new ones."""
     from scdiva.errors import OutputError
 
     if out.exists() and not out.is_dir():
@@ -49,16 +52,23 @@ def demo(
         typer.echo(f"   {line}")
     typer.echo(f"   {out / 'umap.png'}")
 
-    typer.echo(f"4  generate: {_PER_TYPE} new cells of each type, as counts, by {_GENERATOR}")
+    typer.echo("4  annotate: the same cells, with the types of sorted cells (zheng_sorted7_3500) as the reference")
+    found = _annotate(target, loaded)
+    for line in found:
+        typer.echo(f"   {line}")
+    typer.echo(f'   {target}: .obs["scdiva_cell_type"]')
+
+    typer.echo(f"5  generate: {_PER_TYPE} new cells of each type, as counts, by {_GENERATOR}")
     made = _generate(out / "generated.h5ad")
     for line in made:
         typer.echo(f"   {line}")
     summary = out / "summary.txt"
-    summary.write_text("\n".join([str(report), "", *lines, "", *made, ""]), encoding="utf-8")
+    summary.write_text("\n".join([str(report), "", *lines, "", *found, "", *made, ""]), encoding="utf-8")
     typer.echo(f"   {out / 'generated.h5ad'}, {summary}")
     typer.echo(f"done in {time.perf_counter() - started:.0f} s. Try next, on your own file:")
     typer.echo("   scdiva check YOUR.h5ad")
     typer.echo("   scdiva embed YOUR.h5ad YOUR_scdiva.h5ad")
+    typer.echo("   scdiva annotate YOUR.h5ad OUT.h5ad --reference REFERENCE.h5ad --label-key cell_type")
     typer.echo("   scdiva finetune YOUR.h5ad --out adapted     # adapt the model to your cells, without labels")
     typer.echo("   scdiva finetune YOUR.h5ad --objective conditional --condition cell_type --out mine")
     typer.echo("   scdiva generate NEW.h5ad --model mine/bundle --each cell_type -n 200")
@@ -67,6 +77,28 @@ def demo(
 _GENERATOR = "scdiva-blood-tiny-celltype"
 _PER_TYPE = 12
 _MARKERS = {"B cell": "MS4A1", "CD14+ monocyte": "S100A8", "NK cell": "GNLY", "CD4+ naive T cell": "CD3D"}
+
+
+def _annotate(path: Path, model: Embedder) -> list[str]:
+    """Annotate cells by sorted ones; what each of their own labels was called most often."""
+    import anndata as ad
+
+    from scdiva.data.bundled import dataset_path
+    from scdiva.tl import annotate
+
+    adata = ad.read_h5ad(path)
+    annotate(adata, model, dataset_path("zheng_sorted7_3500"), "cell_type")
+    adata.write_h5ad(path)
+    lines = [f"{'own label':<20}{'cells':>6}   {'called most often':<32}{'share':>6}{'unlike the reference':>22}"]
+    for label, cells in adata.obs.groupby("cell_type", observed=True):
+        if label == "unassigned":
+            continue
+        called = cells["scdiva_cell_type"].value_counts()
+        lines.append(
+            f"{label:<20}{len(cells):>6,}   {called.index[0]:<32}{called.iloc[0] / len(cells):>6.0%}"
+            f"{cells['scdiva_unknown'].mean():>22.0%}"
+        )
+    return lines
 
 
 def _generate(path: Path) -> list[str]:
