@@ -63,6 +63,14 @@ class TestReferenceIndex:
         index = ReferenceIndex.fit(z, code, 3)
         assert index.calibration.temperature > 1.5
 
+    def test_small_classes_are_not_outvoted_by_distance(self):
+        _, z, code = made(600, 0)
+        rows = np.concatenate([np.flatnonzero(code == c)[:4] for c in range(3)])
+        index = ReferenceIndex.fit(z[rows], code[rows], 3)
+        assert index.n_votes == 4
+        cells, new, truth = made(200, 1)
+        assert (index.calls(cells, new).probability.argmax(axis=1) == truth).mean() > 0.8
+
     def test_cells_at_the_same_place(self):
         z = np.zeros((40, 3), dtype=np.float32)
         index = ReferenceIndex.fit(z, np.arange(40, dtype=np.int32) % 2, 2)

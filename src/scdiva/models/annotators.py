@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from scdiva.serialization import log1p_cp10k
 from scdiva.types import CellCounts
 
-N_NEIGHBORS = 15
+N_NEIGHBORS, MIN_NEIGHBORS = 15, 3
+"""Votes; fewer where classes have fewer cells (median), since further neighbours must be of another class."""
 N_COMPONENTS = 50
 N_VARIABLE_GENES = 2000
 N_FOLDS = 5
@@ -201,7 +202,7 @@ class ReferenceIndex:
         """
         z = np.asarray(z, dtype=np.float32)
         index = cls(z, code.astype(np.int32), n_classes, Calibration.none())
-        distance, neighbour = index.neighbours(z, N_NEIGHBORS + 1)
+        distance, neighbour = index.neighbours(z, index.n_votes + 1)
         # a cell is its own nearest neighbour, unless others are at the same place
         is_self = neighbour == np.arange(z.shape[0])[:, None]
         is_self[~is_self.any(axis=1), -1] = True
@@ -224,6 +225,12 @@ class ReferenceIndex:
             neighbour, distance = index.query(z, k=k)
         return distance.astype(np.float32), neighbour.astype(np.int64)
 
+    @property
+    def n_votes(self) -> int:
+        """Neighbours that vote."""
+        sizes = np.bincount(self.code, minlength=1)
+        return int(np.clip(np.median(sizes[sizes > 0]), MIN_NEIGHBORS, N_NEIGHBORS))
+
     def votes(self, neighbour: NDArray[np.int64]) -> NDArray[np.float64]:
         """Log of the share of neighbours of each class, ``(N, K)``; half a vote is spread over all classes."""
         counts = np.zeros((neighbour.shape[0], self.n_classes))
@@ -233,7 +240,7 @@ class ReferenceIndex:
 
     def calls(self, cells: CellCounts, z: NDArray[np.float32]) -> Calls:
         """Annotate cells by their embedding; the counts are not looked at."""
-        distance, neighbour = self.neighbours(np.asarray(z, dtype=np.float32), N_NEIGHBORS)
+        distance, neighbour = self.neighbours(np.asarray(z, dtype=np.float32), self.n_votes)
         return self.calibration.calls(self.votes(neighbour), distance.mean(axis=1))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
