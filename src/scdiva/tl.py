@@ -842,7 +842,7 @@ def annotate(
         The data or the reference cannot be used; nothing is written.
     """
     _check_adata(adata, copy=copy)
-    typer = _cell_typer(adata, model, reference, label_key, method, options)
+    typer = _cell_typer(adata, layer, model, reference, label_key, method, options)
     found = _annotate(adata, model, typer, layer=layer, self_training=self_training, confidence=confidence)
     target = adata.copy() if copy else adata
     columns = found.to_obs(target.obs_names)
@@ -878,7 +878,7 @@ def annotate_file(
     target = Path(path_out)
     check_output(target, overwrite=overwrite)
     check_recorded_in(Path(path_in))
-    typer = _cell_typer(path_in, model, reference, label_key, method, options)
+    typer = _cell_typer(path_in, layer, model, reference, label_key, method, options)
     found = _annotate(
         path_in, model, typer, layer=layer, self_training=self_training, confidence=confidence, on_block=on_block
     )
@@ -895,6 +895,7 @@ def annotate_file(
 
 def _cell_typer(
     query: DataLike,
+    query_layer: str | None,
     model: Embedder,
     reference: DataLike | CellTyper,
     label_key: str | None,
@@ -911,7 +912,8 @@ def _cell_typer(
         return reference
     if label_key is None:
         raise ConfigError("no label_key", expected="the column of the reference's .obs with labels", fix="name it")
-    return fit_cell_typer(reference, model, label_key, method=method, query=query, **options)
+    given = {"method": method, "query": query, "query_layer": query_layer, **options}
+    return fit_cell_typer(reference, model, label_key, **given)
 
 
 def _probability_table(found: Annotation, index: Any) -> DataFrame:

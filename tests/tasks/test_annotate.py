@@ -49,12 +49,42 @@ def test_a_file_and_a_notebook_agree(split, tiny_model, typer, tmp_path):
     )
 
 
+def test_a_label_may_hold_a_slash(split, tiny_model, tmp_path):
+    reference, query = split[0].copy(), split[1].copy()
+    reference.obs["cell_type"] = reference.obs["cell_type"].astype(str).str.replace(" ", "/")
+    sd.tl.annotate(query, tiny_model, reference, "cell_type")
+    query.write_h5ad(tmp_path / "out.h5ad")
+    record = ad.read_h5ad(tmp_path / "out.h5ad").uns["scdiva"]["annotate"]["reference"]
+    assert list(record["classes"]) == sorted(set(reference.obs["cell_type"]))
+    assert list(record["cells_per_class"]) == reference.obs["cell_type"].value_counts().sort_index().tolist()
+
+
 def test_other_cells_and_their_order_do_not_matter(split, tiny_model, typer):
     whole = annotate(split[1], tiny_model, typer, self_training=False)
     order = np.random.default_rng(1).permutation(40)
     part = annotate(split[1][order[:11]].copy(), tiny_model, typer, self_training=False)
     np.testing.assert_allclose(part.probability, whole.probability[order[:11]], atol=1e-4)
     np.testing.assert_allclose(part.novelty, whole.novelty[order[:11]], atol=1e-2)
+
+
+def test_the_layer_that_is_named_is_read_for_fitting_too(split, tiny_model):
+    query = split[1].copy()
+    query.layers["counts"] = query.X.copy()
+    query.X = query.X[:, np.random.default_rng(0).permutation(query.n_vars)]  # raw counts, of other genes
+    sd.tl.annotate(query, tiny_model, split[0], "cell_type", layer="counts")
+    plain = split[1].copy()
+    sd.tl.annotate(plain, tiny_model, split[0], "cell_type")
+    np.testing.assert_array_equal(query.obs["scdiva_confidence"], plain.obs["scdiva_confidence"])
+
+
+def test_a_file_that_was_cut_off_is_named(split, bundle, cli, tmp_path):
+    split[0].write_h5ad(tmp_path / "whole.h5ad")
+    (tmp_path / "cut.h5ad").write_bytes((tmp_path / "whole.h5ad").read_bytes()[:5000])
+    given = ("--reference", tmp_path / "whole.h5ad", "--label-key", "cell_type", "--model", bundle)
+    done = cli("annotate", tmp_path / "cut.h5ad", tmp_path / "out.h5ad", *given)
+    assert done.code == 2
+    assert "cut.h5ad" in done.err
+    assert "fix:" in done.err
 
 
 def test_labels_of_the_query_are_not_looked_at(split, tiny_model):

@@ -54,9 +54,12 @@ def check_record(slot: Any) -> None:
 def check_recorded_in(path: Path) -> None:
     """Refuse a file whose ``.uns["scdiva"]`` is somebody else's; anything that is no AnnData on disk passes."""
     if path.suffix == ".h5ad" and path.is_file() and h5py.is_hdf5(path):
-        with h5py.File(path, "r") as file:
-            slot = file.get("uns/scdiva")
-            is_ours = slot is None or isinstance(slot, h5py.Group)
+        try:
+            with h5py.File(path, "r") as file:
+                slot = file.get("uns/scdiva")
+                is_ours = slot is None or isinstance(slot, h5py.Group)
+        except OSError:  # a damaged file: opening it as a source says so, with its name
+            return
     elif path.suffix == ".zarr" and path.is_dir():
         is_ours = not (path / "uns" / "scdiva").is_dir() or _is_zarr_group(path / "uns" / "scdiva")
     else:

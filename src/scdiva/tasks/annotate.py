@@ -284,6 +284,7 @@ def fit_cell_typer(
     method: Method = "probe",
     query: DataLike | None = None,
     layer: str | None = None,
+    query_layer: str | None = None,
     ontology: Mapping[str, str] | None = None,
     tissue: str | None = None,
     is_balanced: bool = False,
@@ -307,6 +308,8 @@ def fit_cell_typer(
         fitted to them as well. Their labels, if they have any, are not looked at.
     layer
         Where the counts of the reference are; found if left out.
+    query_layer
+        The same of the query.
     ontology
         Cell Ontology ids of labels that are not found by name.
     tissue
@@ -339,7 +342,7 @@ def fit_cell_typer(
     is_shared = reader.alignment.is_measured.copy()
     unlabelled = None
     if query is not None:
-        other = open_counts(open_source(query), model.vocabulary)
+        other = open_counts(open_source(query), model.vocabulary, layer=query_layer)
         is_shared &= other.alignment.is_measured
         _refuse_few_genes(is_shared, source.name, other.source.name)
         if method == "probe":
@@ -372,7 +375,9 @@ def fit_cell_typer(
         "n_genes": int(is_shared.sum()),
         "counts_in": reader.found.description,
         "false_unknown_rate": false_unknown_rate,
-        "cells_per_class": {name: int(n) for name, n in zip(classes, np.bincount(code), strict=True)},
+        # two lists, since a label may hold what no key of a file can ("T/NK")
+        "classes": list(classes),
+        "cells_per_class": np.bincount(code).tolist(),
         "model": str(model.provenance["model"]),
         "model_hash": str(model.provenance["model_hash"]),
         "vocabulary_fingerprint": model.vocabulary.fingerprint,
@@ -474,7 +479,7 @@ def _is_self_trained(wanted: bool | Literal["auto"], typer: CellTyper) -> bool:
         return False
     if wanted != "auto":
         return wanted
-    return float(np.median(list(typer.reference["cells_per_class"].values()))) < FEW_FOR_SELF_TRAINING
+    return float(np.median(typer.reference["cells_per_class"])) < FEW_FOR_SELF_TRAINING
 
 
 def _labelled(column: Any, name: str, key: str) -> tuple[NDArray[np.int64], list[str]]:
