@@ -18,6 +18,7 @@ from scdiva.tasks.annotate import CONFIDENCE, Annotation, CellTyper, Method, fit
 from scdiva.tasks.annotate import annotate as _annotate
 from scdiva.tasks.embed import BatchSize, Embedding
 from scdiva.tasks.embed import embed as _embed
+from scdiva.tasks.fine_tuned import FineTuning
 from scdiva.tasks.generate import DEFAULT_LATENT, LatentName, Plan, plan_cells
 from scdiva.tasks.generate import generate as _generate
 from scdiva.tasks.generate import generate_file as _generate_file
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from scdiva.types import LatentPrior
 
 __all__ = [
+    "FineTuning",
     "annotate",
     "annotate_file",
     "embed",
@@ -819,7 +821,8 @@ def annotate(
         Column of the reference's ``.obs``; only with cells.
     method
         "probe": regressions on the frozen embedding and on the data's own components, chosen by cross-validation on the
-        reference. "reference": nearest neighbours in the embedding, nothing is trained.
+        reference. "reference": nearest neighbours in the embedding, nothing is trained. "finetune": the last layers of
+        the trunk and a head are trained. "lora": adapters on all layers, and a head. The last two take minutes.
     layer
         Layer with the counts of ``adata``; ``"raw"`` for ``adata.raw``.
     self_training, confidence
@@ -827,7 +830,8 @@ def annotate(
     copy
         Return a copy with the result instead of writing into ``adata``.
     **options
-        Of :func:`fit_cell_typer`: ``ontology``, ``tissue``, ``is_balanced``, ``false_unknown_rate``, ``seed``.
+        Of :func:`fit_cell_typer`: ``ontology``, ``tissue``, ``is_balanced``, ``false_unknown_rate``, ``fine_tuning``
+        (``sd.tl.FineTuning(epochs=...)``), ``seed``.
 
     Returns
     -------
@@ -838,8 +842,8 @@ def annotate(
 
     Raises
     ------
-    SourceError, ScaleError, GeneError, KeyNotFoundError, BundleError, ConfigError
-        The data or the reference cannot be used; nothing is written.
+    SourceError, ScaleError, GeneError, KeyNotFoundError, BundleError, ConfigError, UnsupportedError
+        The data, the reference or, for fine-tuning, the model cannot be used; nothing is written.
     """
     _check_adata(adata, copy=copy)
     typer = _cell_typer(adata, layer, model, reference, label_key, method, options)

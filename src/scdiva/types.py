@@ -174,6 +174,10 @@ class Objective(Protocol):
 
     An objective is a ``torch.nn.Module`` whose parameters are the ones to train. ``prepare`` runs on the CPU, in the
     loader's workers; calling the objective runs on the training device. Randomness is always passed in.
+
+    Three methods are optional: ``gene_vectors()`` and ``learning_rate_ratios()`` for learning rates of their own
+    (:func:`scdiva.training.module.parameter_groups`), and ``heldout_summary(values)``, which turns the means over the
+    held-out cells (name to number) into what is logged and monitored; its result has a ``"loss"``.
     """
 
     def prepare(self, cells: CellCounts, rng: np.random.Generator) -> Any:

@@ -1,13 +1,29 @@
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
 import anndata as ad
 import numpy as np
 import pytest
+import torch
 
 import scdiva as sd
-from scdiva.errors import BundleError, ConfigError, GeneError, KeyNotFoundError, OutputError, ScdivaError, SourceError
+from scdiva.errors import (
+    BundleError,
+    ConfigError,
+    GeneError,
+    KeyNotFoundError,
+    OutputError,
+    ScdivaError,
+    SourceError,
+    TrainingError,
+    UnsupportedError,
+)
 from scdiva.models.scdiva import ScDiVa
 from scdiva.tasks.annotate import CellTyper, annotate, fit_cell_typer
+from scdiva.tasks.fine_tuned import FineTuning, loop_config, stratified_split
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +233,221 @@ def test_the_command(split, bundle, cli, tmp_path):
     assert cli("annotate", query, out, "--annotator", tmp_path / "typer", "--model", bundle).code == 2
     assert cli("annotate", query, tmp_path / "x.h5ad", "--model", bundle).code == 2
     assert not (tmp_path / "x.h5ad").exists()
+
+
+QUICK = FineTuning(epochs=2, batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def trunk_bundle(tiny_trunk_model, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("trunk") / "tiny"
+    tiny_trunk_model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trunk_model(trunk_bundle) -> ScDiVa:
+    return ScDiVa.from_pretrained(trunk_bundle, device="cpu")
+
+
+@pytest.fixture(scope="module", params=["finetune", "lora"])
+def tuned(request, split, trunk_model) -> CellTyper:
+    return fit_cell_typer(split[0], trunk_model, "cell_type", method=request.param, query=split[1], fine_tuning=QUICK)
+
+
+class TestFineTuning:
+    """The two methods that train the network."""
+
+    def test_types_are_found_and_the_training_is_on_record(self, split, trunk_model, tuned, tmp_path):
+        query = split[1].copy()
+        sd.tl.annotate(query, trunk_model, tuned)
+        assert (query.obs["scdiva_cell_type"].astype(str) == query.obs["cell_type"].astype(str)).mean() > 0.9
+        assert query.obs["scdiva_unknown"].mean() < 0.5
+        query.write_h5ad(tmp_path / "out.h5ad")
+        record = ad.read_h5ad(tmp_path / "out.h5ad").uns["scdiva"]["annotate"]
+        assert record["method"] == tuned.annotator.method
+        training = record["reference"]["training"]
+        assert training["n_train"] + training["n_validation"] == 80
+        assert training["n_steps"] <= 2 * (training["n_train"] // 8)
+        assert 0 <= training["best_step"] <= training["n_steps"]
+        assert 0 <= training["validation_calibration_error"] <= 1
+        assert training["validation_macro_f1"] > 0.8
+        assert training["cells_per_s"] > 0 < training["minutes"]
+        assert (training["rank"] > 0) == (tuned.annotator.method == "lora")
+
+    def test_the_model_is_not_changed(self, trunk_model, tuned, trunk_bundle):
+        before = ScDiVa.from_pretrained(trunk_bundle, device="cpu").network.state_dict()
+        after = trunk_model.network.state_dict()
+        assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+        assert not any("anchor" in name for name in tuned.annotator.weights)
+
+    def test_a_saved_one_says_the_same_bit_for_bit(self, split, trunk_model, tuned, tmp_path, trunk_bundle):
+        tuned.save(tmp_path / "typer")
+        again, model = CellTyper.load(tmp_path / "typer"), ScDiVa.from_pretrained(trunk_bundle, device="cpu")
+        one, two = annotate(split[1], trunk_model, tuned), annotate(split[1], model, again)
+        np.testing.assert_array_equal(one.probability, two.probability)
+        np.testing.assert_array_equal(one.novelty, two.novelty)
+        assert one.threshold == two.threshold
+        assert again.reference["training"] == tuned.reference["training"]
+        # what was trained, and no copy of the model
+        with np.load(tmp_path / "typer" / "annotator.npz", allow_pickle=False) as archive:
+            names = {name for name in archive.files if name.startswith("weight:")}
+        assert names == {f"weight:{name}" for name in tuned.annotator.weights}
+        assert not any("gene" in name for name in names)
+
+    def test_of_another_model_it_is_refused(self, split, tiny_trunk_model, tuned):
+        with pytest.raises(BundleError, match="another model"):
+            annotate(split[1], tiny_trunk_model, tuned)
+
+    def test_other_cells_and_their_order_do_not_matter(self, split, trunk_model, tuned):
+        whole = annotate(split[1], trunk_model, tuned)
+        order = np.random.default_rng(1).permutation(40)
+        part = annotate(split[1][order[:11]].copy(), trunk_model, tuned)
+        np.testing.assert_allclose(part.probability, whole.probability[order[:11]], atol=1e-4)
+        np.testing.assert_allclose(part.novelty, whole.novelty[order[:11]], atol=1e-2)
+
+    def test_the_seed_decides(self, split, trunk_model, tuned):
+        method = tuned.annotator.method
+        same, other = (
+            fit_cell_typer(
+                split[0], trunk_model, "cell_type", method=method, query=split[1], fine_tuning=QUICK, seed=seed
+            ).annotator.weights
+            for seed in (0, 1)
+        )
+        first = tuned.annotator.weights
+        assert all(np.array_equal(first[name], same[name]) for name in first)
+        assert any(not np.array_equal(first[name], other[name]) for name in first)
+
+    def test_a_run_in_a_folder_is_resumed_and_only_by_the_same_call(self, split, trunk_model, tmp_path):
+        settings = replace(QUICK, out_dir=tmp_path / "run")
+        given = {"method": "finetune", "fine_tuning": settings}
+        one = fit_cell_typer(split[0], trunk_model, "cell_type", **given)
+        written = (tmp_path / "run" / "result.json").stat().st_mtime_ns
+        two = fit_cell_typer(split[0], trunk_model, "cell_type", **given)
+        assert (tmp_path / "run" / "result.json").stat().st_mtime_ns == written
+        assert all(np.array_equal(one.annotator.weights[n], two.annotator.weights[n]) for n in one.annotator.weights)
+        other = split[0].copy()
+        other.X[0, 50] += 1
+        with pytest.raises(TrainingError, match="cells labels and start"):
+            fit_cell_typer(other, trunk_model, "cell_type", **given)
+
+    def test_no_folder_is_left_behind(self, split, trunk_model, tmp_path, monkeypatch):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        fit_cell_typer(split[0], trunk_model, "cell_type", method="finetune", fine_tuning=replace(QUICK, epochs=1))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_one_cell_of_each_type(self, split, trunk_model):
+        labels = split[0].obs["cell_type"].astype(str).to_numpy()
+        rows = np.array([np.flatnonzero(labels == name)[0] for name in np.unique(labels)])
+        typer = fit_cell_typer(
+            split[0][rows].copy(), trunk_model, "cell_type", method="finetune", fine_tuning=QUICK, is_balanced=True
+        )
+        found = annotate(split[1], trunk_model, typer)
+        assert np.isfinite(found.probability).all()
+        assert not found.is_unknown.any()
+        assert typer.reference["training"]["n_validation"] == 0
+        assert "validation_macro_f1" not in typer.reference["training"]
+
+    def test_genes_of_the_query_alone_are_used(self, split, trunk_model):
+        query = split[1][:, :150].copy()
+        given = {"method": "finetune", "query": query, "fine_tuning": replace(QUICK, epochs=1)}
+        whole = fit_cell_typer(split[0], trunk_model, "cell_type", **given)
+        part = fit_cell_typer(split[0][:, :150].copy(), trunk_model, "cell_type", **given)
+        assert all(
+            np.array_equal(value, part.annotator.weights[name]) for name, value in whole.annotator.weights.items()
+        )
+
+    @pytest.mark.parametrize(
+        ("method", "settings", "error", "words"),
+        [
+            ("lora", FineTuning(n_trained_layers=1), ConfigError, "n_trained_layers=1 with method 'lora'"),
+            ("finetune", FineTuning(rank=4), ConfigError, "rank=4 with method 'finetune'"),
+            ("lora", FineTuning(rank=0), ConfigError, "rank=0"),
+            ("finetune", FineTuning(n_trained_layers=9), ConfigError, "9 layers"),
+            ("finetune", FineTuning(epochs=0), ConfigError, "epochs=0"),
+            ("finetune", FineTuning(validation_fraction=1.0), ConfigError, "validation_fraction"),
+            ("finetune", FineTuning(trunk_lr=0.0), ConfigError, "trunk_lr"),
+            ("probe", FineTuning(), ConfigError, "fine_tuning with method 'probe'"),
+        ],
+        ids=str,
+    )
+    def test_what_cannot_be(self, method, settings, error, words, split, trunk_model):
+        with pytest.raises(error, match=words):
+            fit_cell_typer(split[0], trunk_model, "cell_type", method=method, fine_tuning=settings)
+
+    def test_a_model_without_a_trunk(self, split, tiny_model):
+        with pytest.raises(UnsupportedError, match="no trunk"):
+            fit_cell_typer(split[0], tiny_model, "cell_type", method="lora")
+
+    def test_a_model_of_another_kind(self, split):
+        class Other:
+            pass
+
+        with pytest.raises(UnsupportedError, match="Other"):
+            fit_cell_typer(split[0], Other(), "cell_type", method="finetune")
+
+    def test_components_decide_where_the_held_out_cells_gain(self, split, trunk_model, monkeypatch):
+        given = {"method": "finetune", "query": split[1]}
+        quick = replace(QUICK, epochs=1)
+        nll = iter([0.1, 0.2])  # with components, without
+        monkeypatch.setattr("scdiva.tasks.fine_tuned._nll", lambda log_probability, code: next(nll))
+        both = fit_cell_typer(split[0], trunk_model, "cell_type", fine_tuning=quick, **given)
+        alone = fit_cell_typer(
+            split[0], trunk_model, "cell_type", fine_tuning=replace(quick, with_components=False), **given
+        )
+        nll = iter([0.2, 0.1])
+        chosen = fit_cell_typer(split[0], trunk_model, "cell_type", fine_tuning=quick, **given)
+        assert [typer.reference["training"]["with_components"] for typer in (both, alone, chosen)] == [
+            True, False, False,
+        ]  # fmt: skip
+        found = [annotate(split[1], trunk_model, typer).probability for typer in (both, alone, chosen)]
+        np.testing.assert_array_equal(found[1], found[2])
+        assert not np.array_equal(found[0], found[1])
+
+    def test_the_split_keeps_a_cell_of_each_type_to_train_on(self):
+        code = np.repeat([0, 1, 2, 3], [100, 7, 2, 1])
+        train, heldout = stratified_split(code, 0.15, np.random.default_rng(0))
+        assert np.bincount(code[heldout], minlength=4).tolist() == [15, 1, 1, 0]
+        assert np.array_equal(np.sort(np.concatenate([train, heldout])), np.arange(110))
+
+    @pytest.mark.parametrize("n_train", [1, 3, 40, 1_000, 100_000])
+    def test_every_size_has_a_possible_run(self, n_train):
+        config = loop_config(FineTuning(), n_train, 10, seed=0, device="cpu").training
+        assert 1 <= config.batch_size <= min(64, n_train)
+        assert config.validate_every <= config.max_steps
+        assert config.max_steps * config.batch_size <= 8 * n_train
+
+    def test_the_command(self, split, trunk_bundle, cli, tmp_path):
+        split[0].write_h5ad(tmp_path / "reference.h5ad")
+        split[1].write_h5ad(tmp_path / "query.h5ad")
+        query, model = tmp_path / "query.h5ad", ("--model", trunk_bundle)
+        given = ("--reference", tmp_path / "reference.h5ad", "--label-key", "cell_type")
+        lora = ("--method", "lora", "--rank", "2", "--epochs", "1")
+        done = cli("annotate", query, tmp_path / "o.h5ad", *given, *model, *lora, "--save", tmp_path / "typer")
+        assert done.code == 0, done.err
+        assert "by lora (adapters of rank 2 on 2 layers, and a head" in done.out
+        assert "cells/s" in done.out
+        assert "calibration error" in done.out
+        again = cli("annotate", query, tmp_path / "again.h5ad", "--annotator", tmp_path / "typer", *model)
+        assert again.code == 0, again.err
+        one, two = (ad.read_h5ad(tmp_path / f"{name}.h5ad") for name in ("o", "again"))
+        np.testing.assert_array_equal(
+            one.obsm["scdiva_cell_type_probability"], two.obsm["scdiva_cell_type_probability"]
+        )
+        notebook = split[1].copy()
+        sd.tl.annotate(
+            notebook,
+            ScDiVa.from_pretrained(trunk_bundle, device="cpu"),
+            split[0],
+            "cell_type",
+            method="lora",
+            fine_tuning=sd.tl.FineTuning(rank=2, epochs=1),
+        )
+        np.testing.assert_array_equal(
+            one.obsm["scdiva_cell_type_probability"], notebook.obsm["scdiva_cell_type_probability"]
+        )
+        for wrong in (("--rank", "2"), ("--method", "lora", "--trained-layers", "1"), ("--epochs", "2")):
+            refused = cli("annotate", query, tmp_path / "x.h5ad", *given, *model, *wrong)
+            assert refused.code == 2
+            assert "belongs to" in refused.err
+        assert not (tmp_path / "x.h5ad").exists()

@@ -17,6 +17,7 @@ from scdiva.cli import (
     embed,
     evaluate_annotation,
     evaluate_generation,
+    evaluate_integration,
     generate,
     impute,
     inspect,
@@ -54,6 +55,8 @@ evaluate = typer.Typer(
 )
 evaluate.command("annotation")(evaluate_annotation.evaluate_annotation)
 evaluate.command("generation")(evaluate_generation.evaluate_generation)
+evaluate.command("integration")(evaluate_integration.evaluate_integration)
+evaluate.command("embedding")(evaluate_integration.evaluate_embedding)
 app.add_typer(evaluate, name="evaluate")
 
 

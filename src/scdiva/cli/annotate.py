@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +27,12 @@ def annotate(
         Path | None, typer.Option("--annotator", help="Instead of a reference: a folder that --save wrote.")
     ] = None,
     method: Annotated[
-        str, typer.Option("--method", help="probe (regressions on the frozen embedding) or reference (neighbours).")
+        str,
+        typer.Option(
+            "--method",
+            help="probe (regressions on the frozen embedding), reference (neighbours), finetune (trains the last "
+            "layers and a head: minutes) or lora (trains adapters and a head: minutes).",
+        ),
     ] = "probe",
     save: Annotated[Path | None, typer.Option("--save", help="Folder for the fitted annotator.")] = None,
     model: ModelOption = DEFAULT_MODEL,
@@ -40,14 +47,28 @@ def annotate(
     tissue: Annotated[
         str | None, typer.Option("--tissue", help="For names such as 'alpha': blood, pancreas, brain, lung, heart.")
     ] = None,
-    balanced: Annotated[bool, typer.Option("--balanced", help="Give each type the same weight (probe).")] = False,
+    balanced: Annotated[
+        bool,
+        typer.Option("--balanced", help="Give each type the same weight (probe), or rare types more (finetune, lora)."),
+    ] = False,
+    trained_layers: Annotated[
+        int | None,
+        typer.Option("--trained-layers", min=0, help="Last layers to train (finetune); a third of them if left out."),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", min=1, help="Rank of the adapters (lora); 8 if left out.")
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option("--epochs", min=1, help="Passes over the reference, at most (finetune, lora); 8 if left out."),
+    ] = None,
     confidence: Annotated[
         float, typer.Option("--confidence", min=0.0, max=1.0, help="Probability that an ontology term must reach.")
     ] = 0.5,
     false_unknown_rate: Annotated[
         float, typer.Option("--false-unknown-rate", help="Share of known cells that may be called unknown.")
     ] = 0.05,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of components and folds.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of components, folds and training.")] = 0,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -59,11 +80,18 @@ def annotate(
     choices = {"auto": "auto", "yes": True, "no": False}
     if self_training not in choices:
         raise typer.BadParameter(f"--self-training {self_training!r} is none of auto, yes, no")
+    for name, value, methods in (
+        ("--trained-layers", trained_layers, ("finetune",)),
+        ("--rank", rank, ("lora",)),
+        ("--epochs", epochs, ("finetune", "lora")),
+    ):
+        if value is not None and (annotator is not None or method not in methods):
+            raise typer.BadParameter(f"{name} belongs to --method {' or '.join(methods)}")
     ids = _ontology(ontology or [])
     from scdiva.data.output import check_output
     from scdiva.models.scdiva import ScDiVa
     from scdiva.tasks.annotate import CellTyper
-    from scdiva.tl import annotate_file
+    from scdiva.tl import FineTuning, annotate_file
 
     check_output(out, overwrite=overwrite)
     if save is not None and save.exists() and not overwrite:
@@ -79,6 +107,9 @@ def annotate(
             "false_unknown_rate": false_unknown_rate,
             "seed": seed,
         }
+        if method in ("finetune", "lora"):
+            settings = FineTuning(n_trained_layers=trained_layers, rank=rank)
+            options["fine_tuning"] = settings if epochs is None else replace(settings, epochs=epochs)
     found, fitted = annotate_file(
         file,
         out,
@@ -95,12 +126,16 @@ def annotate(
     if save is not None:
         fitted.save(save, overwrite=overwrite)
     record = found.record
-    what = "+".join(record.get("regressions", [])) or "neighbours"
+    training = record["reference"].get("training")
+    what = _trained(training) if training else "+".join(record.get("regressions", [])) or "neighbours"
     typer.echo(
         f"{len(found.label):,} cells annotated with {len(found.classes)} types of {record['reference']['name']} "
         f"({record['reference']['n_cells']:,} cells, {record['reference']['n_genes']:,} genes in both) by "
         f"{record['method']} ({what}{', self-trained' if record['self_training'] else ''})"
     )
+    if training:
+        for line in _training(training):
+            typer.echo(line)
     for label, n in Counter(found.label.tolist()).most_common():
         mean = float(found.confidence[found.label == label].mean())
         typer.echo(f"  {n:>8,}  {label}  (mean confidence {mean:.2f})")
@@ -112,6 +147,29 @@ def annotate(
     if without:
         typer.echo(f"no Cell Ontology id for: {', '.join(without)} (--ontology 'LABEL=CL:...')")
     typer.echo(f"{out}: .obs['scdiva_cell_type'], 'scdiva_confidence', 'scdiva_ontology_label' and more")
+
+
+def _trained(training: Mapping[str, Any]) -> str:
+    end = ", with a regression on components" if training["with_components"] else ""
+    if training["rank"]:
+        return f"adapters of rank {training['rank']} on {training['n_layers']} layers, and a head{end}"
+    return f"the last {training['n_trained_layers']} of {training['n_layers']} layers, and a head{end}"
+
+
+def _training(training: Mapping[str, Any]) -> list[str]:
+    memory = f", peak memory {training['peak_memory_mb']:,.0f} MB" if "peak_memory_mb" in training else ""
+    lines = [
+        f"trained: {training['n_trained_weights']:,} weights, {training['n_steps']} steps over {training['n_train']:,} "
+        f"cells, best after {training['best_step']}; {training['cells_per_s']:.0f} cells/s, "
+        f"{training['minutes']:.1f} minutes{memory}"
+    ]
+    if training["n_validation"]:
+        lines.append(
+            f"{training['n_validation']:,} cells of the reference held out: accuracy "
+            f"{training['validation_accuracy']:.3f}, macro-F1 {training['validation_macro_f1']:.3f}, calibration error "
+            f"{training['validation_calibration_error']:.3f}"
+        )
+    return lines
 
 
 def _ontology(pairs: list[str]) -> dict[str, str]:

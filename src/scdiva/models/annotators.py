@@ -7,8 +7,9 @@ Two kinds are here, both on top of a frozen model:
   on all genes. Which of them decide is chosen by cross-validation on the reference (our decision, after
   docs/experiments.md: z carries what other cells have taught, components what only this reference shows).
 
-Both are calibrated on reference cells that did not vote for themselves: a temperature for probabilities, and a
-threshold of novelty that a stated share of known cells exceeds.
+A third kind, whose network is trained as well, is in ``models/scdiva/finetuned.py``. All are calibrated on reference
+cells that did not vote for themselves: a temperature for probabilities, and a threshold of novelty that a stated share
+of known cells exceeds.
 
 Shape letters: N cells, K classes, F features, Z latent.
 """
@@ -102,7 +103,7 @@ class Calibration:
         false_unknown_rate
             Share of these cells whose novelty exceeds the threshold.
         """
-        temperature = _temperature(log_probability, code)
+        temperature = temperature_of(log_probability, code)
         parts = _novelty_parts(_softmax(log_probability / temperature), distance)
         centre = np.median(parts, axis=0)
         # not the median deviation: where most cells have all votes of their neighbours, that is 0
@@ -473,12 +474,12 @@ class Probe:
             for name in names:
                 fitted = Regression.fit(x[name][train], code[train], n_classes, part, _C[name])
                 out[name][test] = fitted.log_probability(x[name][test])
-            distance[test] = _distance(x["joint"][test], *_class_shape(x["joint"][train], code[train], n_classes))
+            distance[test] = class_distance(x["joint"][test], *class_shape(x["joint"][train], code[train], n_classes))
         is_judged = np.isfinite(distance)
         loss, best = {}, candidates[0]
         for candidate in candidates if is_judged.any() else ():
             together = _log_softmax(np.mean([out[name][is_judged] for name in candidate], axis=0))
-            sharp = together / _temperature(together, code[is_judged])
+            sharp = together / temperature_of(together, code[is_judged])
             nll = -_log_softmax(sharp)[np.arange(sharp.shape[0]), code[is_judged]].mean()
             loss["+".join(candidate)] = float(nll)
             best = candidate if nll <= min(loss.values()) else best
@@ -489,8 +490,8 @@ class Probe:
                 together, distance[is_judged], code[is_judged], false_unknown_rate=false_unknown_rate
             )
         regressions = {name: Regression.fit(x[name], code, n_classes, weight, _C[name]) for name in best}
-        mean, whitening = _class_shape(x["joint"], code, n_classes)
-        kept = _some_of_each(code, _KEPT_PER_CLASS, np.random.default_rng([seed, 2]))
+        mean, whitening = class_shape(x["joint"], code, n_classes)
+        kept = some_of_each(code, _KEPT_PER_CLASS, np.random.default_rng([seed, 2]))
         return cls(features, regressions, mean, whitening, calibration, x["joint"][kept], code[kept], loss)
 
     @property
@@ -502,7 +503,8 @@ class Probe:
         """Annotate cells."""
         x = self.features.of(cells, z)
         together = np.mean([fitted.log_probability(x[name]) for name, fitted in self.regressions.items()], axis=0)
-        return self.calibration.calls(_log_softmax(together), _distance(x["joint"], self.class_mean, self.whitening))
+        distance = class_distance(x["joint"], self.class_mean, self.whitening)
+        return self.calibration.calls(_log_softmax(together), distance)
 
     def self_trained(self, cells: CellCounts, z: NDArray[np.float32]) -> Self:
         """Return the probe, trained further on what it is sure of among unlabelled cells.
@@ -587,10 +589,27 @@ def _filled(
     return dense
 
 
-def _class_shape(
+def class_shape(
     x: NDArray[np.float32], code: NDArray[np.integer], n_classes: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Means of the classes, and what whitens deviations from them (covariance shrunk by a tenth)."""
+    """Means of the classes, and what whitens deviations from them (covariance shrunk by a tenth).
+
+    Parameters
+    ----------
+    x
+        ``(N, F)`` features.
+    code
+        ``(N,)`` classes.
+    n_classes
+        K.
+
+    Returns
+    -------
+    mean
+        ``(K, F)``; NaN for classes without a cell.
+    whitening
+        ``(F, F)``: distances of whitened features are Mahalanobis distances with the pooled covariance within classes.
+    """
     sizes = np.bincount(code, minlength=n_classes)
     total = np.zeros((n_classes, x.shape[1]))
     np.add.at(total, code, x)
@@ -602,8 +621,10 @@ def _class_shape(
     return mean.astype(np.float32), precision_root.astype(np.float32)
 
 
-def _distance(x: NDArray[np.float32], mean: NDArray[np.float32], whitening: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Distance from the nearest class mean, whitened."""
+def class_distance(
+    x: NDArray[np.float32], mean: NDArray[np.float32], whitening: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """Distance from the nearest class mean, whitened: arguments as :func:`class_shape` takes and returns them."""
     white, centre = x @ whitening, mean[np.isfinite(mean).all(axis=1)] @ whitening
     squared = (white**2).sum(axis=1)[:, None] - 2.0 * white @ centre.T + (centre**2).sum(axis=1)
     return np.sqrt(np.maximum(squared.min(axis=1), 0.0)).astype(np.float64)
@@ -619,7 +640,8 @@ def _folds(code: NDArray[np.integer], rng: np.random.Generator) -> NDArray[np.in
     return fold
 
 
-def _some_of_each(code: NDArray[np.integer], n: int, rng: np.random.Generator) -> NDArray[np.int64]:
+def some_of_each(code: NDArray[np.integer], n: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Draw at most ``n`` cells of each class; sorted positions."""
     return np.sort(np.concatenate([rng.permutation(np.flatnonzero(code == c))[:n] for c in np.unique(code)]))
 
 
@@ -628,7 +650,7 @@ def _novelty_parts(probability: NDArray[np.floating], distance: NDArray[np.float
     return np.stack([np.log(np.maximum(distance, _TINY)), np.log1p(-best) - np.log(best)], axis=1)
 
 
-def _temperature(log_probability: NDArray[np.floating], code: NDArray[np.integer]) -> float:
+def temperature_of(log_probability: NDArray[np.floating], code: NDArray[np.integer]) -> float:
     """Temperature of the smallest negative log-likelihood, between 1/4 and 4."""
     from scipy.optimize import minimize_scalar
 

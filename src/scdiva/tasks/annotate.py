@@ -36,15 +36,18 @@ from scdiva.models.annotators import (
     classes_of,
 )
 from scdiva.models.base import Embedder
+from scdiva.models.scdiva.finetuned import FineTuned
+from scdiva.models.scdiva.model import ScDiVa
 from scdiva.tasks.embed import embed_cells
+from scdiva.tasks.fine_tuned import FINE_TUNING_METHODS, FineTuning, fit_fine_tuned
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from scdiva.data.source import DataLike
 
-Method = Literal["reference", "probe"]
-METHODS: tuple[Method, ...] = ("reference", "probe")
+Method = Literal["reference", "probe", "finetune", "lora"]
+METHODS: tuple[Method, ...] = ("reference", "probe", *FINE_TUNING_METHODS)
 CONFIDENCE = 0.5
 """Probability that a cell type, or a common ancestor of several, must reach to be a cell's term."""
 MIN_SHARED_GENES = 100
@@ -153,7 +156,7 @@ class CellTyper:
     Parameters
     ----------
     annotator
-        How cells are called.
+        How cells are called. One that was fine-tuned holds what was trained; :func:`annotate` gives it the model.
     classes
         Labels of the reference.
     class_ids
@@ -164,7 +167,7 @@ class CellTyper:
         What it was fitted to: name, cells, label key, model and its hash.
     """
 
-    annotator: Annotator
+    annotator: Annotator | FineTuned
     classes: tuple[str, ...]
     class_ids: tuple[str, ...]
     is_shared: NDArray[np.bool_]
@@ -232,9 +235,11 @@ class CellTyper:
                 fix="fit it again",
             )
         arrays = read_arrays(path / "annotator.npz", head["arrays"])
-        annotator: Annotator
+        annotator: Annotator | FineTuned
         if head["method"] == "reference":
             annotator = ReferenceIndex.from_arrays(arrays, len(head["classes"]))
+        elif head["method"] in FINE_TUNING_METHODS:
+            annotator = FineTuned.from_arrays(arrays, head["method"])
         else:
             annotator = Probe.from_arrays(arrays)
         return cls(annotator, tuple(head["classes"]), tuple(head["class_ids"]), arrays["is_shared"], head["reference"])
@@ -289,6 +294,7 @@ def fit_cell_typer(
     tissue: str | None = None,
     is_balanced: bool = False,
     false_unknown_rate: float = FALSE_UNKNOWN_RATE,
+    fine_tuning: FineTuning | None = None,
     seed: int = 0,
 ) -> CellTyper:
     """Fit an annotator to labelled cells.
@@ -298,14 +304,15 @@ def fit_cell_typer(
     reference
         Raw counts with labels in ``.obs[label_key]``; cells without a label are left out, and counted.
     model
-        The frozen model.
+        The model; it is not changed.
     label_key
         Column of ``.obs``.
     method
-        "reference" (nearest neighbours, nothing is trained) or "probe" (regressions on the frozen embedding).
+        "reference" (nearest neighbours, nothing is trained), "probe" (regressions on the frozen embedding), "finetune"
+        (the last layers of the trunk and a head are trained) or "lora" (adapters on all layers, and a head).
     query
-        Cells that will be annotated: the genes that they do not measure are not used, and the probe's components are
-        fitted to them as well. Their labels, if they have any, are not looked at.
+        Cells that will be annotated: the genes that they do not measure are not used, and components are fitted to them
+        as well (probe, finetune, lora). Their labels, if they have any, are not looked at.
     layer
         Where the counts of the reference are; found if left out.
     query_layer
@@ -315,9 +322,12 @@ def fit_cell_typer(
     tissue
         For names that mean something else in each tissue ("alpha"): blood, pancreas, brain, lung, heart.
     is_balanced
-        Whether each class has the same weight (probe).
+        Whether each class has the same weight (probe), or rare ones more of it (finetune and lora: a cell's weight
+        falls with the square root of its class's size).
     false_unknown_rate
         Share of known cells that may be called unknown.
+    fine_tuning
+        Settings of the training (finetune and lora).
     seed
         Seed.
 
@@ -330,12 +340,17 @@ def fit_cell_typer(
     KeyNotFoundError, ScaleError
         The data cannot be used.
     ConfigError
-        An unknown method.
+        An unknown method, or settings that are not of the method.
+    UnsupportedError
+        A model to fine-tune that is not native or has no trunk; raised before anything is read.
+    TrainingError, NonFiniteLossError
+        See :func:`scdiva.training.fit`.
     """
     if method not in METHODS:
         raise ConfigError(f"method={method!r}", expected=f"one of {', '.join(METHODS)}", fix="name one")
     if not 0 < false_unknown_rate < 1:
         raise ConfigError(f"false_unknown_rate={false_unknown_rate}", expected="between 0 and 1", fix="leave it out")
+    options = _fine_tuning(method, fine_tuning, model)
     source = open_source(reference)
     reader = open_counts(source, model.vocabulary, layer=layer)
     rows, labels = _labelled(source.column(label_key), source.name, label_key)
@@ -345,20 +360,36 @@ def fit_cell_typer(
         other = open_counts(open_source(query), model.vocabulary, layer=query_layer)
         is_shared &= other.alignment.is_measured
         _refuse_few_genes(is_shared, source.name, other.source.name)
-        if method == "probe":
+        if method == "probe" or (options is not None and options.with_components):
             some = np.sort(np.random.default_rng([seed, 3]).permutation(len(other))[:_UNLABELLED_CELLS])
             cells = other.read(some).with_genes(is_shared)
             unlabelled = (cells, embed_cells(model, cells))
     cells = reader.read(rows).with_genes(is_shared)
-    z = embed_cells(model, cells)
     classes, code = classes_of(labels)
-    annotator: Annotator
-    if method == "reference":
+    annotator: Annotator | FineTuned
+    training: dict[str, Any] = {}
+    if options is not None:
+        assert isinstance(model, ScDiVa)
+        annotator, training = fit_fine_tuned(
+            cells,
+            code,
+            classes,
+            model,
+            reader,
+            method="lora" if method == "lora" else "finetune",
+            options=options,
+            is_balanced=is_balanced,
+            false_unknown_rate=false_unknown_rate,
+            seed=seed,
+            unlabelled=unlabelled,
+        )
+    elif method == "reference":
+        z = embed_cells(model, cells)
         annotator = ReferenceIndex.fit(z, code, len(classes), false_unknown_rate=false_unknown_rate)
     else:
         annotator = Probe.fit(
             cells,
-            z,
+            embed_cells(model, cells),
             code,
             len(classes),
             seed=seed,
@@ -383,6 +414,8 @@ def fit_cell_typer(
         "vocabulary_fingerprint": model.vocabulary.fingerprint,
         "labels_without_ontology_id": list(matches.unmatched),
     }
+    if training:
+        record["training"] = training
     return CellTyper(annotator, classes, tuple(matches.id_of.get(name, "") for name in classes), is_shared, record)
 
 
@@ -434,7 +467,7 @@ def annotate(
     reader = open_counts(open_source(query), model.vocabulary, layer=layer)
     is_used = typer.is_shared & reader.alignment.is_measured
     _refuse_few_genes(is_used, str(typer.reference["name"]), reader.source.name)
-    annotator = typer.annotator
+    annotator = typer.annotator.on(model) if isinstance(typer.annotator, FineTuned) else typer.annotator
     is_self_trained = _is_self_trained(self_training, typer)
     if is_self_trained and isinstance(annotator, Probe):
         rows = np.sort(np.random.default_rng(0).permutation(len(reader))[:_UNLABELLED_CELLS])
@@ -472,6 +505,21 @@ def annotate(
     return Annotation(
         typer.classes, probability, novelty, annotator.calibration.threshold, typer.class_ids, record, confidence
     )
+
+
+def _fine_tuning(method: Method, given: FineTuning | None, model: Embedder) -> FineTuning | None:
+    """Return the settings of a fine-tuning method, checked; None for the others."""
+    if method in FINE_TUNING_METHODS:
+        settings = given or FineTuning()
+        settings.design("lora" if method == "lora" else "finetune", model)
+        return settings
+    if given is not None:
+        raise ConfigError(
+            f"fine_tuning with method {method!r}",
+            expected=f"method {' or '.join(FINE_TUNING_METHODS)}",
+            fix="leave it out, or name one of these",
+        )
+    return None
 
 
 def _is_self_trained(wanted: bool | Literal["auto"], typer: CellTyper) -> bool:

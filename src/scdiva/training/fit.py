@@ -136,7 +136,8 @@ def fit(
         What else the folder belongs to, by name: fingerprints of the cells' content or of the initial weights. A later
         call with other values is refused.
     monitor
-        Which held-out value is minimised: ``"loss"`` or a term of the loss.
+        Which held-out value is minimised: ``"loss"``, a term of the loss, or what the objective's
+        ``heldout_summary(values)``, if it has one, makes of their means over the held-out cells.
     callbacks
         Further Lightning callbacks. ``on_train_batch_end`` comes after each minibatch, which with
         ``training.accumulate`` is a part of an optimiser step.
@@ -447,6 +448,9 @@ class _Loop(pl.Callback):
             if bad is None and not torch.isfinite(output.loss):
                 bad = batch
         values = means.over_processes()
+        # what is no mean over cells (a macro-F1) may be a function of such means
+        if callable(summary := getattr(self.objective, "heldout_summary", None)):
+            values = summary(values)
         if not math.isfinite(values["loss"]):
             what = f"the held-out loss is {values['loss']:g} after step {step}"
             raise self._not_finite(what, None if bad is None else bad.cell_index)

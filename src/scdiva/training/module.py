@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -161,6 +161,7 @@ class TrainingModule(pl.LightningModule):
                 self.objective,
                 config.weight_decay,
                 gene_lr=None if config.gene_lr_ratio == 1 else config.lr * config.gene_lr_ratio,
+                lr=config.lr,
             ),
             lr=config.lr,
             betas=config.betas,
@@ -196,12 +197,15 @@ def learning_rate_factor(step: int, *, config: OptimConfig, max_steps: int) -> f
     return config.final_lr_ratio + (1.0 - config.final_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, *, gene_lr: float | None = None) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, gene_lr: float | None = None, lr: float | None = None
+) -> list[dict[str, Any]]:
     """Split the trainable parameters into those with and those without weight decay, and numbers of single genes.
 
     Without weight decay are: everything with fewer than two dimensions (biases, gains, scalars), the parameters of
     norms and of ``nn.Embedding``, and parameters with "embed" in their own name. A model may name, in
-    ``gene_vectors()``, parameters that hold one number per gene: they get the learning rate ``gene_lr``.
+    ``gene_vectors()``, parameters that hold one number per gene: they get the learning rate ``gene_lr``. It may also
+    give, in ``learning_rate_ratios()``, a multiple of ``lr`` for some parameters (a trained trunk below a new head).
     """
     decayed: dict[int, Tensor] = {}
     free: dict[int, Tensor] = {}
@@ -223,7 +227,20 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, gene_lr: float | 
         {"params": list(free.values()), "weight_decay": 0.0},
         {"params": list(of_genes.values()), "weight_decay": 0.0, "lr": gene_lr},
     ]
-    return [group for group in groups if group["params"]]
+    groups = [group for group in groups if group["params"]]
+    if lr is None or not callable(ratios := getattr(model, "learning_rate_ratios", None)):
+        return groups
+    ratio_of = ratios()
+    return [part for group in groups for part in _by_ratio(group, ratio_of, lr)]
+
+
+def _by_ratio(group: dict[str, Any], ratio_of: Mapping[nn.Parameter, float], lr: float) -> list[dict[str, Any]]:
+    """Split a group by the learning rates of its parameters."""
+    parts: dict[float, list[nn.Parameter]] = {}
+    for parameter in group["params"]:
+        parts.setdefault(ratio_of.get(parameter, 1.0), []).append(parameter)
+    rate = group.get("lr", lr)
+    return [{**group, "params": found, "lr": ratio * rate} for ratio, found in parts.items()]
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
