@@ -440,6 +440,9 @@ class NativeConfig(Section):
     """Width of the hidden layers of anchor and profile decoder."""
     init: Literal["svd", "random"] = "svd"
     """Start of the gene embeddings: truncated SVD of the corpus, or noise."""
+    pooling: Literal["cosine", "centred"] = "cosine"
+    """cosine: the encoder reads sums over genes of v_g E_g / |v|; centred: without the norm, minus their mean, as a
+    principal component analysis does (models that integration makes)."""
     embedding_std: NaturalFloat = 0.01
     """Standard deviation of the noise in the dimensions that the SVD does not fill."""
     trunk: TrunkConfig = TrunkConfig()
@@ -560,6 +563,73 @@ class NativeObjectiveConfig(Section):
         if self.p_joint + self.p_values + self.p_staged > 1 + 1e-9:
             raise ValueError("p_joint, p_values and p_staged must not add up to more than 1")
         return self
+
+
+class IntegrationConfig(Section):
+    """The loss that takes batches out of an embedding (docs/integration.md)."""
+
+    n_latent: PositiveInt = 24
+    """Dimensions of the integrated embedding."""
+    n_components: PositiveInt = 50
+    """Principal components of the data's own variable genes that the encoder reads."""
+    n_hidden: PositiveInt = 256
+    """Width of the encoder's hidden layer."""
+    temperature: PositiveFloat = 0.3
+    """Of the contrastive loss: the smaller, the finer the differences between cells that are kept."""
+    n_within: PositiveInt = 15
+    """Neighbours of a cell within its batch, one of which may be its partner."""
+    n_across: PositiveInt = 20
+    """Cells of different batches are mutual nearest neighbours if each is among so many nearest of the other."""
+    p_self: Fraction = 0.2
+    """Share of cells whose partner is another count-split view of the same cell."""
+    p_across: Fraction = 0.5
+    """Share of cells whose partner is a mutual nearest neighbour of another batch; the rest has one of its own."""
+    n_views: PositiveInt = 4
+    """Count-split views of each cell, drawn once, with 40 to 80 % of its molecules."""
+    n_kinds: PositiveInt = 40
+    """Kinds of cells, found without labels, that are seen equally often; 1: cells are seen as often as they are."""
+    contrastive_weight: NaturalFloat = 1.0
+    """Weight of the contrastive loss between partners."""
+    alignment_weight: NaturalFloat = 3.0
+    """Weight of the distances between batches within each cluster of a minibatch."""
+    chance_share: Fraction = 0.5
+    """Share of those distances that chance explains (centres of few cells lie apart) which is not counted: 1 brings
+    batches together and leaves clusters as wide as they are, 0 presses them together as well."""
+    n_aligned: PositiveInt = 1024
+    """Cells of a minibatch, drawn at random, among which batches are brought together."""
+    n_clusters: PositiveInt = 40
+    """Clusters of these cells."""
+    adversarial_weight: NaturalFloat = 0.0
+    """Weight of the batch discriminator with gradient reversal."""
+    supcon_weight: NaturalFloat = 1.0
+    """Weight of the supervised contrastive loss, where labels are given."""
+    has_projection: bool = False
+    """Whether contrastive losses read a projection of the embedding (as published), not the embedding itself."""
+    reconstruction_weight: NaturalFloat = 0.0
+    """Weight of the counts of one view given the embedding of the other (profile decoder with an offset per batch)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> IntegrationConfig:
+        if self.p_self + self.p_across > 1 + 1e-9:
+            raise ValueError("p_self and p_across must not add up to more than 1")
+        return self
+
+    @classmethod
+    def published(cls) -> IntegrationConfig:
+        """Return the published protocol: reconstruction, batch adversary, supervised contrast on a projection.
+
+        Weights and sizes that the paper does not state are those of docs/integration.md.
+        """
+        return cls(
+            temperature=0.1,
+            n_kinds=1,
+            contrastive_weight=0.0,
+            alignment_weight=0.0,
+            adversarial_weight=1.0,
+            supcon_weight=0.5,
+            has_projection=True,
+            reconstruction_weight=1.0,
+        )
 
 
 class RunConfig(LoopConfig):

@@ -21,6 +21,7 @@ from scdiva.cli import (
     generate,
     impute,
     inspect,
+    integrate,
     reconstruct,
     train,
 )
@@ -38,6 +39,7 @@ app.command("demo")(demo.demo)
 app.command("check")(check.check)
 app.command("embed")(embed.embed)
 app.command("annotate")(annotate.annotate)
+app.command("integrate")(integrate.integrate)
 app.command("impute")(impute.impute)
 app.command("reconstruct")(reconstruct.reconstruct)
 app.command("generate")(generate.generate)

@@ -44,6 +44,7 @@ class AnchorNetwork(nn.Module):
     """
 
     pool_scale: torch.Tensor
+    pool_centre: torch.Tensor
 
     def __init__(self, n_genes: int, config: NativeConfig) -> None:
         super().__init__()
@@ -57,6 +58,9 @@ class AnchorNetwork(nn.Module):
         self.log_profile = nn.Parameter(torch.zeros(n_genes))
         # brings the pooled scores, which shrink with the number of genes, to order one; set from the corpus
         self.register_buffer("pool_scale", torch.ones(()))
+        self.is_centred = config.pooling == "centred"
+        if self.is_centred:
+            self.register_buffer("pool_centre", torch.zeros(config.n_embedding))
         nn.init.eye_(self.encoder.weight)
         nn.init.zeros_(self.decoder.weight)
         nn.init.normal_(self.gene_embedding, std=config.embedding_std, generator=torch.Generator().manual_seed(0))
@@ -83,6 +87,8 @@ class AnchorNetwork(nn.Module):
     def pool(self, gene_N: torch.Tensor, value_N: torch.Tensor, offset_B: torch.Tensor) -> torch.Tensor:
         """Pool cells to p = scale * sum_g v_g E_g / |v|, ``(B, D)`` float32; the zero vector for an empty cell.
 
+        With ``pooling = "centred"`` to sum_g v_g E_g - centre.
+
         Parameters
         ----------
         gene_N
@@ -98,13 +104,14 @@ class AnchorNetwork(nn.Module):
         # the norm in float64: a sum over genes that does not depend on how cells were batched
         square_B = torch.zeros(n_cells, dtype=torch.float64, device=offset_B.device)
         square_B.index_add_(0, cell_N, value_N.double().square())
-        norm_B = square_B.sqrt().float().clamp_min(1e-12)
-        weight_N = value_N / norm_B[cell_N]
+        norm_B = torch.ones_like(square_B) if self.is_centred else square_B.sqrt().clamp_min(1e-12)
+        weight_N = value_N / norm_B.float()[cell_N]
         with torch.autocast(value_N.device.type, enabled=False):
             pooled = F.embedding_bag(
                 gene_N, self.gene_embedding.float(), offset_B, mode="sum", per_sample_weights=weight_N
             )
-        return pooled * self.pool_scale
+        pooled = pooled * self.pool_scale
+        return pooled - self.pool_centre if self.is_centred else pooled
 
     def encode(self, pooled_BD: torch.Tensor) -> torch.Tensor:
         """Map pooled cells ``(B, D)`` to the latent z ``(B, Z)``."""
