@@ -592,7 +592,7 @@ class IntegrationConfig(Section):
     """Weight of the contrastive loss between partners."""
     alignment_weight: NaturalFloat = 3.0
     """Weight of the distances between batches within each cluster of a minibatch."""
-    chance_share: Fraction = 0.5
+    chance_share: Fraction = 0.6
     """Share of those distances that chance explains (centres of few cells lie apart) which is not counted: 1 brings
     batches together and leaves clusters as wide as they are, 0 presses them together as well."""
     n_aligned: PositiveInt = 1024

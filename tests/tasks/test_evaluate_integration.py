@@ -43,9 +43,9 @@ class FakeIntegration:
     def __init__(self):
         self.calls = []
 
-    def integrate_cells(self, cells, batch, model, *, labels=None, seed=0, progress=False):
+    def integrate_cells(self, cells, batch, model, *, labels=None, seed=0, name=""):
         self.calls.append((cells.n_cells, sorted(set(batch)), labels, seed))
-        return SimpleNamespace(model=FakeModel(model, labels))
+        return SimpleNamespace(z=FakeModel(model, labels).embed(cells))
 
 
 @pytest.fixture(scope="module")

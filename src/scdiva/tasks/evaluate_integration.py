@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -498,9 +497,9 @@ def _embedding(
         return embed_cells(model, data.cells)
     labels = data.label if method == "scdiva_labels" else None
     # deferred: training loads lightning, which the other methods do not need
-    integrate_cells = import_module("scdiva.tasks.integrate").integrate_cells
-    found = integrate_cells(data.cells, data.batch, model, labels=labels, seed=seed)
-    return embed_cells(found.model, data.cells)
+    from scdiva.tasks.integrate import integrate_cells
+
+    return integrate_cells(data.cells, data.batch, model, labels=labels, seed=seed, name=data.name).z
 
 
 def _notes(data: BatchedCells, n_drawn: int) -> list[str]:

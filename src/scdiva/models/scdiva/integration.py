@@ -391,6 +391,8 @@ def alignment_loss(
     by_chance = (by_chance / n_KD.clamp_min(1)).view(n_clusters, n_batches, 1)
     has_centre = (n_KD >= _MIN_CELLS_PER_CENTRE).view(n_clusters, n_batches, 1).float()
     mean_KDZ = mean.view(n_clusters, n_batches, -1)
-    middle_K1Z = (mean_KDZ * has_centre).sum(dim=1, keepdim=True) / has_centre.sum(dim=1, keepdim=True).clamp_min(1)
+    n_centres_K11 = has_centre.sum(dim=1, keepdim=True).clamp_min(1)
+    middle_K1Z = (mean_KDZ * has_centre).sum(dim=1, keepdim=True) / n_centres_K11
+    by_chance = by_chance * (1 - 1 / n_centres_K11)  # the middle lies among the centres that it is the mean of
     apart = (((mean_KDZ - middle_K1Z).square().sum(dim=2, keepdim=True) - chance_share * by_chance) * has_centre).sum()
     return apart / has_centre.sum().clamp_min(1) / squared_B.mean().detach().clamp_min(1e-6)
