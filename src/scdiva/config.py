@@ -605,6 +605,8 @@ class IntegrationConfig(Section):
     """Weight of the supervised contrastive loss, where labels are given."""
     has_projection: bool = False
     """Whether contrastive losses read a projection of the embedding (as published), not the embedding itself."""
+    stops_early: bool = False
+    """Whether held-out labelled cells choose the step, by AvgBIO (as published); else the last one is kept."""
     reconstruction_weight: NaturalFloat = 0.0
     """Weight of the counts of one view given the embedding of the other (profile decoder with an offset per batch)."""
 
@@ -628,6 +630,7 @@ class IntegrationConfig(Section):
             adversarial_weight=1.0,
             supcon_weight=0.5,
             has_projection=True,
+            stops_early=True,
             reconstruction_weight=1.0,
         )
 

@@ -25,8 +25,8 @@ SMALL = IntegrationConfig(n_latent=8, n_components=10, n_hidden=16, n_kinds=1, n
 """Its parts are what is tested; how good the default is, benchmarks tell."""
 
 
-def loop(n_steps: int = 60, *, is_supervised: bool = False):
-    config = loop_config(N, is_supervised=is_supervised)
+def loop(n_steps: int = 60, *, stops_early: bool = False):
+    config = loop_config(N, stops_early=stops_early)
     training = config.training.model_copy(update={"max_steps": n_steps, "validate_every": 20})
     return config.model_copy(update={"training": training})
 
@@ -95,7 +95,7 @@ class TestWithoutLabels:
 class TestWithLabels:
     def test_types_are_tighter_and_the_record_says_so(self, batches, integrated, tiny_model):
         found = integrate(
-            batches, tiny_model, "batch", label_key="cell_type", config=SMALL, loop=loop(200, is_supervised=True),
+            batches, tiny_model, "batch", label_key="cell_type", config=SMALL, loop=loop(200),
             progress=False,
         )  # fmt: skip
         kind, batch = (batches.obs[key].astype(str).to_numpy() for key in ("cell_type", "batch"))
@@ -111,7 +111,7 @@ class TestWithLabels:
         label[::4] = "unassigned"
         some.obs["cell_type"] = label
         found = integrate(
-            some, tiny_model, "batch", label_key="cell_type", config=SMALL, loop=loop(5, is_supervised=True),
+            some, tiny_model, "batch", label_key="cell_type", config=SMALL, loop=loop(5),
             progress=False,
         )  # fmt: skip
         assert found.z.shape == (N, 8)
@@ -120,7 +120,7 @@ class TestWithLabels:
     def test_the_published_loss(self, batches, tiny_model):
         config = IntegrationConfig.published().model_copy(update={"n_latent": 8, "n_components": 10, "n_hidden": 16})
         found = integrate(
-            batches, tiny_model, "batch", label_key="cell_type", config=config, loop=loop(40, is_supervised=True),
+            batches, tiny_model, "batch", label_key="cell_type", config=config, loop=loop(40, stops_early=True),
             progress=False,
         )  # fmt: skip
         assert found.model.details["trained_heads"] == ["anchor", "profile_decoder"]
@@ -201,7 +201,7 @@ class TestBadInput:
 
 
 def test_command_line(cli, h5ad, bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr("scdiva.tasks.integrate.loop_config", lambda *a, **k: loop(5, is_supervised=True))
+    monkeypatch.setattr("scdiva.tasks.integrate.loop_config", lambda *a, **k: loop(5))
     out = tmp_path / "out.h5ad"
     done = cli(
         "integrate", h5ad, out, "--batch-key", "batch", "--label-key", "cell_type", "--model", bundle, "--save",

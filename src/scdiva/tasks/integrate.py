@@ -52,6 +52,7 @@ MAX_CELLS = 50_000
 MAX_COMPONENT_CELLS = 20_000
 MIN_SHARED_GENES = 100
 _BLOCK = 2048
+_MIN_SCORED_CELLS = 20
 _VIEW_SHARES = (0.4, 0.8)
 _MODEL_SCALE, _OWN_SCALE = 1 / 3, 1.0
 """Standard deviations of what the encoder reads of the model and of the data's own components (docs/experiments.md)."""
@@ -218,12 +219,13 @@ def integrate_cells(
     chosen = cells.take(rows)
     data, network, sizes = _start(chosen, code[rows], label[rows], small, config, seed)
     is_supervised = bool(types) and config.supcon_weight > 0
-    loop = loop or loop_config(rows.size, seed=seed, device=model.device.type, is_supervised=is_supervised)
+    has_score = is_supervised and config.stops_early
+    loop = loop or loop_config(rows.size, seed=seed, device=model.device.type, stops_early=has_score)
     train, heldout = np.arange(rows.size), np.zeros(0, dtype=np.int64)
-    if is_supervised:
+    if has_score:
         rng = np.random.default_rng([loop.seed, _SPLIT_STREAM])
         train, heldout = hold_out(np.zeros(rows.size, dtype=str), loop.data.heldout_fraction, rng)
-    has_score = is_supervised and _can_score(label[rows][heldout])
+        _refuse_few_labels(label[rows][heldout])
     objective = IntegrationObjective(
         network, config, data, max_steps=loop.training.max_steps, score=_score if has_score else None
     )
@@ -279,7 +281,7 @@ def integrate_cells(
     return Integrated(integrated, z, {**record, "minutes": (time.monotonic() - began) / 60})
 
 
-def loop_config(n_cells: int, *, seed: int = 0, device: str = "auto", is_supervised: bool = False) -> LoopConfig:
+def loop_config(n_cells: int, *, seed: int = 0, device: str = "auto", stops_early: bool = False) -> LoopConfig:
     """Return the settings of the training loop for so many cells (chosen by docs/experiments.md).
 
     Without labels nothing measurable tells a better step from a worse one, and the last one is kept.
@@ -293,7 +295,7 @@ def loop_config(n_cells: int, *, seed: int = 0, device: str = "auto", is_supervi
                 "max_steps": 600,
                 "batch_size": int(np.clip(n_cells // 4, 16, 256)),
                 "validate_every": 50,
-                "patience": 6 if is_supervised else 0,
+                "patience": 6 if stops_early else 0,
                 "checkpoint_every": 200,
                 "log_every": 50,
                 "n_validation_cells": 2048,
@@ -459,9 +461,14 @@ def _balanced(
     return rng.choice(train, n_draws, p=weight / weight.sum()).astype(np.int64)
 
 
-def _can_score(label: NDArray[np.int64]) -> bool:
+def _refuse_few_labels(label: NDArray[np.int64]) -> None:
     known = label[label >= 0]
-    return known.size >= 50 and np.unique(known).size > 1
+    if known.size < _MIN_SCORED_CELLS or np.unique(known).size < 2:
+        raise SourceError(
+            f"{known.size} held-out cells with a label, of {np.unique(known).size} types",
+            expected=f"at least {_MIN_SCORED_CELLS} of two types: early stopping goes by them",
+            fix="give more labelled cells, or a loss that does not stop early (stops_early=False)",
+        )
 
 
 def _score(z: NDArray[np.float32], label: NDArray[np.int64], batch: NDArray[np.int64]) -> float:
