@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
+import torch
 
 import scdiva as sd
 from conftest import files_under
@@ -13,9 +15,10 @@ from scdiva.baselines.integration import pca
 from scdiva.config import IntegrationConfig, OfficialConfig
 from scdiva.data.reader import open_counts
 from scdiva.datasets import synthetic_cells
-from scdiva.errors import KeyNotFoundError, OutputError, SourceError, UnsupportedError
+from scdiva.errors import ConfigError, KeyNotFoundError, OutputError, SourceError, TrainingError, UnsupportedError
 from scdiva.metrics.integration import integration_scores
 from scdiva.models.scdiva import ScDiVa
+from scdiva.models.scdiva.integration import IntegrationObjective
 from scdiva.models.scdiva.model import build_network
 from scdiva.tasks.embed import embed_cells
 from scdiva.tasks.integrate import integrate, integrate_cells, loop_config
@@ -138,10 +141,25 @@ class TestFiles:
         cells = open_counts(batches, loaded.vocabulary).read(np.arange(N))
         np.testing.assert_array_equal(embed_cells(loaded, cells), found.z)
         # the same call takes the finished run
+        written = (tmp_path / "run" / "best.safetensors").stat().st_mtime_ns
         again = integrate(
             batches, tiny_model, "batch", config=SMALL, loop=loop(5), out_dir=tmp_path / "run", progress=False
         )
         np.testing.assert_array_equal(again.z, found.z)
+        assert (tmp_path / "run" / "best.safetensors").stat().st_mtime_ns == written
+        other = ScDiVa(
+            build_network(tiny_model.vocabulary.n_genes, tiny_model.config), tiny_model.config, tiny_model.vocabulary,
+            tiny_model.statistics, details=tiny_model.details,
+        )  # fmt: skip
+        with pytest.raises(TrainingError, match="model to start from"):
+            integrate(batches, other, "batch", config=SMALL, loop=loop(5), out_dir=tmp_path / "run", progress=False)
+
+    def test_the_bundle_of_another_model_is_not_replaced(self, batches, tiny_model, tmp_path):
+        tiny_model.save_pretrained(tmp_path / "bundle")
+        before = files_under(tmp_path)
+        with pytest.raises(OutputError, match="holds no run"):
+            integrate(batches, tiny_model, "batch", config=SMALL, loop=loop(5), out_dir=tmp_path)
+        assert files_under(tmp_path) == before
 
     def test_python_and_file_are_equal(self, batches, tiny_model, tmp_path, monkeypatch):
         monkeypatch.setattr("scdiva.tasks.integrate.loop_config", lambda *a, **k: loop(5))
@@ -156,7 +174,75 @@ class TestFiles:
         assert model.n_latent == 8
 
 
+class TestWhatIsLeftOut:
+    def test_more_cells_than_are_trained_on(self, batches, tiny_model, monkeypatch):
+        monkeypatch.setattr("scdiva.tasks.integrate.MAX_CELLS", 200)
+        found = integrate(batches, tiny_model, "batch", config=SMALL, loop=loop(5), progress=False)
+        assert found.z.shape == (N, 8)
+        assert found.record["n_cells_trained_on"] == 200
+
+    def test_genes_that_not_all_sources_measure(self, batches, tiny_model):
+        cells = open_counts(batches, tiny_model.vocabulary).read(np.arange(N))
+        is_measured = np.concatenate([cells.is_measured, cells.is_measured])
+        lost = np.flatnonzero(is_measured[0])[:15]
+        is_measured[1, lost] = False
+        two = replace(cells, is_measured=is_measured, source_of_cell=(np.arange(N) % 2).astype(np.int32))
+        found = integrate_cells(two, batches.obs["batch"].to_numpy(str), tiny_model, config=SMALL, loop=loop(5))
+        assert found.record["n_genes_dropped"] == 15
+        assert found.record["n_genes"] == found.model.vocabulary.n_genes == 175
+
+    def test_genes_without_a_count_in_one_batch_are_spoken_of(self, batches, tiny_model, caplog):
+        some = batches.copy()
+        counts = some.X.toarray()
+        counts[np.ix_(some.obs["batch"] == "one", np.arange(20, 40))] = 0
+        some.X = sp.csr_matrix(counts)
+        with caplog.at_level("WARNING"):
+            integrate(some, tiny_model, "batch", config=SMALL, loop=loop(5), progress=False)
+        assert "genes have no count in batch one" in caplog.text
+
+    def test_empty_cells(self, batches, tiny_model, caplog):
+        some = batches.copy()
+        counts = some.X.toarray()
+        counts[[3, 50]] = 0
+        some.X = sp.csr_matrix(counts)
+        with caplog.at_level("WARNING"):
+            found = integrate(some, tiny_model, "batch", config=SMALL, loop=loop(5), progress=False)
+        assert "2 cells without counts" in caplog.text
+        assert found.record["n_cells_trained_on"] == N - 2
+        np.testing.assert_allclose(found.z[3], found.z[50], atol=1e-5)
+
+    def test_held_out_labels_are_not_trained_on(self, batches, tiny_model, monkeypatch):
+        seen: list[np.ndarray] = []
+        prepare = IntegrationObjective.prepare
+
+        def spy(self, cells, rng):
+            inputs = prepare(self, cells, rng)
+            heldout = self.data.label != self.training_label
+            assert heldout.sum() == N // 10
+            seen.append(inputs.partner_label_B.numpy())
+            return inputs
+
+        monkeypatch.setattr(IntegrationObjective, "prepare", spy)
+        config = SMALL.model_copy(update={"stops_early": True})
+        integrate(
+            batches, tiny_model, "batch", label_key="cell_type", config=config, loop=loop(5, stops_early=True),
+            progress=False,
+        )  # fmt: skip
+        share = np.mean([(labels == -1).mean() for labels in seen])
+        assert 0.02 < share < 0.2  # partners that are held out
+
+    def test_within_inference_mode(self, batches, tiny_model):
+        with torch.inference_mode():
+            found = integrate(batches, tiny_model, "batch", config=SMALL, loop=loop(5), progress=False)
+        assert not next(found.model.network.parameters()).is_inference()
+
+
 class TestBadInput:
+    def test_a_supervised_loss_without_labels(self, batches, tiny_model):
+        for config in (IntegrationConfig.published(), SMALL.model_copy(update={"contrastive_weight": 0.0})):
+            with pytest.raises(ConfigError, match="no labels"):
+                integrate(batches, tiny_model, "batch", config=config)
+
     def test_batches(self, batches, tiny_model):
         some = batches[:60].copy()
         some.obs["same"] = "a"

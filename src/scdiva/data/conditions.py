@@ -23,10 +23,19 @@ from scdiva.errors import BundleError, ConfigError, KeyNotFoundError
 if TYPE_CHECKING:
     from scdiva.data.reader import CountsReader
 
-MISSING = frozenset({"", "unassigned", "unknown", "nan", "na", "none"})
+MISSING = frozenset({"", "unassigned", "unknown", "nan", "na", "none", "<na>"})
 """Texts that say that nothing is known of a cell, whatever their case (our decision)."""
 
+NO_BATCH = frozenset({"", "nan", "none", "<na>"})
+"""Lower-case texts in the place of a batch that is not known; a batch may well be called "unknown"."""
+
 _N_LISTED = 20
+
+
+def column_text(column: pd.Series) -> NDArray[np.str_]:
+    """Return a column of ``.obs`` as text, one for every cell; empty where it is missing."""
+    missing = column.isna().to_numpy()
+    return np.array(["" if gone else label_text(value) for value, gone in zip(column, missing, strict=True)], dtype=str)
 
 
 def label_text(value: Any) -> str:

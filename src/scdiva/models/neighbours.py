@@ -2,7 +2,8 @@
 
 Two cells of different batches that are among each other's nearest neighbours are very probably of one type: a type that
 one batch lacks has no neighbour there that chooses it back (Haghverdi et al. 2018). They are what ties batches together
-where no labels are given.
+where no labels are given. Of a small batch fewer neighbours are taken, at most a tenth of its cells: all of a batch of
+20 are among 20 neighbours, whatever they are.
 
 Shape letters: N cells, F features, K neighbours.
 """
@@ -17,6 +18,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 _SIMILARITIES_AT_ONCE = 10_000_000
+_CELLS_PER_NEIGHBOUR = 10
 _MICRO_CLUSTERS = 200
 _CELLS_PER_MICRO_CLUSTER = 10
 
@@ -47,7 +49,8 @@ class BatchNeighbours:
         batch
             ``(N,)`` code of each cell's batch.
         k_within, k_across
-            Neighbours within the batch, and among which two cells of different batches must find each other.
+            Neighbours within the batch, and among which two cells of different batches must find each other; at most a
+            tenth of the (smaller) batch's cells.
         """
         unit = np.asarray(points, dtype=np.float32)
         unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
@@ -57,15 +60,15 @@ class BatchNeighbours:
         pairs: list[NDArray[np.int64]] = []
         for i, one in enumerate(rows_of):
             if one.size > 1:
-                k = min(k_within, one.size - 1)
+                k = _at_most(k_within, one.size)
                 # one more than wanted: the cell itself is among them, unless others are at the same place
                 near = one[_nearest(unit[one], unit[one], k + 1)]
                 is_self = near == one[:, None]
                 is_self[~is_self.any(axis=1), -1] = True
                 within[one] = near[~is_self].reshape(one.size, k)[:, np.arange(k_within) % k]
             for other in rows_of[i + 1 :]:
-                there = _choices(unit[one], unit[other], k_across)
-                back = _choices(unit[other], unit[one], k_across)
+                k = _at_most(k_across, min(one.size, other.size))
+                there, back = _choices(unit[one], unit[other], k), _choices(unit[other], unit[one], k)
                 mutual = there.multiply(back.T).tocoo()
                 pairs.append(np.stack([one[mutual.row], other[mutual.col]]))
         row, column = np.concatenate(pairs, axis=1) if pairs else np.zeros((2, 0), dtype=np.int64)
@@ -108,6 +111,10 @@ class BatchNeighbours:
         at = (start + (place * n).astype(np.int64))[is_across]
         partner[is_across] = self.across.indices[at]
         return partner.astype(np.int64)
+
+
+def _at_most(k: int, size: int) -> int:
+    return min(k, max(1, size // _CELLS_PER_NEIGHBOUR))
 
 
 def _nearest(query: NDArray[np.float32], among: NDArray[np.float32], k: int) -> NDArray[np.int64]:

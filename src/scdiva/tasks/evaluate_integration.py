@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from scdiva.baselines import integration as baselines
 from scdiva.baselines.common import require
-from scdiva.data.conditions import is_missing, label_text
+from scdiva.data.conditions import NO_BATCH, column_text, is_missing
 from scdiva.data.reader import open_counts
 from scdiva.data.source import open_source
 from scdiva.errors import ConfigError, ScdivaError, SourceError
@@ -44,8 +44,6 @@ from scdiva.tasks.integration_report import (
 from scdiva.types import CellCounts
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from scdiva.data.source import CellSource, DataLike
     from scdiva.models.scdiva.model import ScDiVa
 
@@ -62,7 +60,6 @@ N_RESOLUTIONS_AROUND = 2
 """Leiden resolutions below and above the chosen one that subsamples choose among."""
 _ORACLE_NOISE = 1e-3
 _DRAW_STREAM, _ORACLE_STREAM = 23, 29
-_NO_BATCH = frozenset({"", "nan"})
 _FORMAT = 1
 _VERSIONS = ("scdiva", "scikit-learn", "scanpy", "igraph", "scib-metrics", "harmonypy", "scvi-tools")
 
@@ -134,7 +131,7 @@ class BatchedCells:
                 expected="one of each for every cell",
                 fix="give both for all cells",
             )
-        n_without = int(np.isin(batch, list(_NO_BATCH)).sum())
+        n_without = int(np.isin(np.char.lower(batch), list(NO_BATCH)).sum())
         if n_without:
             raise SourceError(
                 f"{n_without:,} cells of {source.name} have no batch",
@@ -278,12 +275,6 @@ def check_controls(report: IntegrationReport) -> None:
             expected="the first to be below the second",
             fix="the set is too small, or its labels say nothing; the rows that were measured are kept",
         )
-
-
-def column_text(column: pd.Series) -> NDArray[np.str_]:
-    """Return a column of ``.obs`` as text, one for every cell; empty where it is missing."""
-    missing = column.isna().to_numpy()
-    return np.array(["" if gone else label_text(value) for value, gone in zip(column, missing, strict=True)], dtype=str)
 
 
 def known_labels(labels: NDArray[np.str_]) -> NDArray[np.str_]:

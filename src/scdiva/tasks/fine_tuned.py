@@ -242,7 +242,11 @@ def fit_fine_tuned(
             config=config,
             out_dir=str(out),
             monitor=MONITOR,
-            identity={"cells_labels_and_start": _content_hash(collection, code, objective)},
+            identity={
+                "cells_labels_and_start": _content_hash(collection, code, objective),
+                # what is trained of the weights, and how fast, is not in the configuration of the loop
+                "trained": f"{method}, {design}, {trunk_lr:g}",
+            },
         )
     annotator = FineTuned(
         method,

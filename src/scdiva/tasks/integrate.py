@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 
 from scdiva.baselines.common import fit_components, log_cp10k, variable_genes
 from scdiva.config import IntegrationConfig, LoopConfig, NativeConfig
-from scdiva.data.conditions import is_missing
+from scdiva.data.conditions import NO_BATCH, column_text, is_missing
 from scdiva.data.reader import open_counts
 from scdiva.data.source import open_source
 from scdiva.data.splits import hold_out
 from scdiva.data.thinning import thin_counts
-from scdiva.errors import SourceError
+from scdiva.errors import ConfigError, GeneError, OutputError, SourceError
 from scdiva.metrics.generation_space import NotMeasurableError
 from scdiva.metrics.integration import asw_label, batch_label_confounding, kmeans_agreement
 from scdiva.models.neighbours import BatchNeighbours, cells_per_kind
@@ -36,7 +36,7 @@ from scdiva.models.scdiva.inputs import PackedCells
 from scdiva.models.scdiva.integration import MONITOR, IntegrationData, IntegrationObjective
 from scdiva.models.scdiva.model import ScDiVa, build_network
 from scdiva.models.scdiva.native import NativeNetwork
-from scdiva.tasks.embed import embed_cells
+from scdiva.tasks.embed import embed, embed_cells
 from scdiva.types import CellCounts
 
 if TYPE_CHECKING:
@@ -53,10 +53,10 @@ MAX_COMPONENT_CELLS = 20_000
 MIN_SHARED_GENES = 100
 _BLOCK = 2048
 _MIN_SCORED_CELLS = 20
+_EXPECTED_MOLECULES = 20
 _VIEW_SHARES = (0.4, 0.8)
 _MODEL_SCALE, _OWN_SCALE = 1 / 3, 1.0
 """Standard deviations of what the encoder reads of the model and of the data's own components (docs/experiments.md)."""
-_NO_BATCH = frozenset({"", "nan", "none", "<na>"})
 # tags of the random streams that this file draws from a seed
 _SUBSET_STREAM, _SPLIT_STREAM, _VIEW_STREAM, _ORDER_STREAM = 128, 129, 130, 131
 
@@ -124,13 +124,14 @@ def integrate(
     """
     source = open_source(data)
     batch = _batches(source.column(batch_key), source.name, batch_key)
-    labels = None if label_key is None else source.column(label_key).astype(str).to_numpy().astype(str)
+    labels = None if label_key is None else column_text(source.column(label_key))
     reader = open_counts(source, model.vocabulary, layer=layer)
+    rows = _some_of_each_batch(np.unique(batch, return_inverse=True)[1], seed)
     found = integrate_cells(
-        reader.read(np.arange(len(reader))),
-        batch,
+        reader.read(rows),
+        batch[rows],
         model,
-        labels=labels,
+        labels=None if labels is None else labels[rows],
         config=config,
         loop=loop,
         out_dir=out_dir,
@@ -138,6 +139,9 @@ def integrate(
         progress=progress,
         name=source.name,
     )
+    z = found.z
+    if rows.size < batch.size:
+        z = embed(open_counts(source, found.model.vocabulary, layer=layer, min_coverage=0.0), found.model).z
     record = {
         **found.record,
         "batch_key": batch_key,
@@ -145,7 +149,7 @@ def integrate(
         "counts_in": reader.found.description,
         "genes": reader.alignment.counts(),
     }
-    return Integrated(found.model, found.z, record)
+    return Integrated(found.model, z, record)
 
 
 def integrate_cells(
@@ -194,8 +198,12 @@ def integrate_cells(
         Fewer than two batches, labels of fewer than two types, or other numbers of batches or labels than of cells.
     GeneError
         The sources share too few genes.
+    ConfigError
+        A supervised loss without labels.
     UnsupportedError
         The model is not native.
+    OutputError
+        ``out_dir`` holds a bundle that no run of it has made.
     TrainingError, NonFiniteLossError, OutputError
         See :func:`scdiva.training.fit`.
     """
@@ -204,10 +212,12 @@ def integrate_cells(
 
     began = time.monotonic()
     model.native("integration")
-    assert isinstance(model.config, NativeConfig)
     config = config or IntegrationConfig()
+    _refuse_foreign_bundle(out_dir)
     batches, code = _coded_batches(batch, cells.n_cells)
     types, label = _coded_labels(labels, cells.n_cells)
+    is_supervised = bool(types) and config.supcon_weight > 0
+    _refuse_without_labels(config, is_supervised)
     confounding = ""
     if types:
         known = label >= 0
@@ -215,66 +225,69 @@ def integrate_cells(
         confounding = found.sentence
         log.info("%s: %s", name, confounding)
     cells, small, n_dropped = _shared_genes(cells, model, name)
+    _warn_of_absent_genes(cells, code, batches, name)
     rows = _some_of_each_batch(code, seed)
-    chosen = cells.take(rows)
-    data, network, sizes = _start(chosen, code[rows], label[rows], small, config, seed)
-    is_supervised = bool(types) and config.supcon_weight > 0
-    has_score = is_supervised and config.stops_early
-    loop = loop or loop_config(rows.size, seed=seed, device=model.device.type, stops_early=has_score)
-    train, heldout = np.arange(rows.size), np.zeros(0, dtype=np.int64)
-    if has_score:
-        rng = np.random.default_rng([loop.seed, _SPLIT_STREAM])
-        train, heldout = hold_out(np.zeros(rows.size, dtype=str), loop.data.heldout_fraction, rng)
-        _refuse_few_labels(label[rows][heldout])
-    objective = IntegrationObjective(
-        network, config, data, max_steps=loop.training.max_steps, score=_score if has_score else None
-    )
-    order = _balanced(train, chosen, data, config, loop)
-    collection = _InMemory(replace(chosen, cell_index=np.arange(rows.size)), rows, name)
-    content = hashlib.sha256()
-    for array in (chosen.counts.indptr, chosen.counts.indices, chosen.counts.data, code[rows], label[rows]):
-        content.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
-    folder = nullcontext(out_dir) if out_dir is not None else tempfile.TemporaryDirectory(prefix="scdiva-")
-    with folder as out:
-        fitted = fit(
-            objective,
-            collection,
-            train_indices=order,
-            heldout_indices=heldout,
-            config=loop,
-            out_dir=str(out),
-            monitor=MONITOR if has_score else "loss",
-            identity={
-                "content_of_the_cells": content.hexdigest(),
-                "model_to_start_from": str(model.provenance["model_hash"]),
-                "integration": config.model_dump_json(),
-            },
-            progress=progress,
-        )
-        used = {
-            "batches": list(batches),
-            "n_batches": len(batches),
-            "supervised": is_supervised,
-            "types": list(types),
-            "confounding": confounding,
-            "n_genes": int(cells.is_measured.all(axis=0).sum()),
-            "n_genes_dropped": n_dropped,
-            "n_cells_trained_on": int(rows.size),
-            "n_pairs_across_batches": data.neighbours.n_pairs,
-            "share_of_cells_with_such_a_pair": float(data.neighbours.has_across.mean()),
-            "steps": fitted.best_step,
-            "settings": config.model_dump_json(),
-        }
-        integrated = ScDiVa(
+    rows = rows[np.diff(cells.counts.indptr)[rows] > 0]
+    n_empty = int((np.diff(cells.counts.indptr) == 0).sum())
+    if n_empty:
+        log.warning("%s: %d cells without counts are not trained on; all are mapped to one point", name, n_empty)
+    chosen = replace(cells.take(rows), cell_index=np.arange(rows.size))
+    # a caller's inference mode would take the gradients away
+    with torch.inference_mode(False):
+        data, network, sizes = _start(chosen, code[rows], label[rows], small, config, seed)
+        has_score = is_supervised and config.stops_early
+        loop = loop or loop_config(rows.size, seed=seed, device=model.device.type, stops_early=has_score)
+        train, heldout = np.arange(rows.size), np.zeros(0, dtype=np.int64)
+        if has_score:
+            rng = np.random.default_rng([loop.seed, _SPLIT_STREAM])
+            train, heldout = hold_out(np.zeros(rows.size, dtype=str), loop.data.heldout_fraction, rng)
+            _refuse_few_labels(label[rows][heldout])
+        objective = IntegrationObjective(
             network,
-            sizes,
-            small.vocabulary,
-            small.statistics,
-            details=_details(small, name, used, train.size, heldout.size, fitted, loop, chosen),
+            config,
+            data,
+            max_steps=loop.training.max_steps,
+            heldout=heldout,
+            score=_score if has_score else None,
         )
-        if out_dir is not None:
-            integrated.save_pretrained(Path(out_dir) / BUNDLE, overwrite=True)
-            integrated = ScDiVa.from_pretrained(Path(out_dir) / BUNDLE, device="cpu")
+        folder = nullcontext(out_dir) if out_dir is not None else tempfile.TemporaryDirectory(prefix="scdiva-")
+        with folder as out:
+            fitted = fit(
+                objective,
+                _InMemory(chosen, rows, name),
+                train_indices=_balanced(train, data, config, loop),
+                heldout_indices=heldout,
+                config=loop,
+                out_dir=str(out),
+                monitor=MONITOR if has_score else "loss",
+                identity={
+                    "content_of_the_cells": _content_hash(chosen, code[rows], label[rows]),
+                    "model_to_start_from": model.weights_hash(),
+                    "integration": config.model_dump_json(),
+                },
+                progress=progress,
+            )
+    used = {
+        "batches": list(batches),
+        "n_batches": len(batches),
+        "supervised": is_supervised,
+        "types": list(types),
+        "confounding": confounding,
+        "n_genes": int(cells.is_measured.all(axis=0).sum()),
+        "n_genes_dropped": n_dropped,
+        "n_empty_cells": n_empty,
+        "n_cells_trained_on": int(rows.size),
+        "n_pairs_across_batches": data.neighbours.n_pairs,
+        "share_of_cells_with_such_a_pair": float(data.neighbours.has_across.mean()),
+        "steps": fitted.best_step,
+        "settings": config.model_dump_json(),
+    }
+    details = _details(small, name, used, train.size, heldout.size, fitted, loop, chosen)
+    details["trained_heads"] = ["anchor", *(["profile_decoder"] if config.reconstruction_weight > 0 else [])]
+    integrated = ScDiVa(network, sizes, small.vocabulary, small.statistics, details=details)
+    if out_dir is not None:
+        integrated.save_pretrained(Path(out_dir) / BUNDLE, overwrite=True)
+        integrated = ScDiVa.from_pretrained(Path(out_dir) / BUNDLE, device="cpu")
     integrated.to(str(model.device))
     z = embed_cells(integrated, cells)
     record = {**used, **integrated.provenance, "base_model": model.name, "base_model_hash": model.bundle_hash}
@@ -299,6 +312,8 @@ def loop_config(n_cells: int, *, seed: int = 0, device: str = "auto", stops_earl
                 "checkpoint_every": 200,
                 "log_every": 50,
                 "n_validation_cells": 2048,
+                # small matrices: half precision saves nothing, and cosines need more than eight bits
+                "precision": "fp32",
                 "device": device if device in ("cpu", "cuda") else "auto",
             },
         }
@@ -306,8 +321,8 @@ def loop_config(n_cells: int, *, seed: int = 0, device: str = "auto", stops_earl
 
 
 def _batches(column: pd.Series, name: str, key: str) -> NDArray[np.str_]:
-    batch = column.astype(str).to_numpy().astype(str)
-    n_without = int(column.isna().sum() + np.isin(np.char.lower(batch), list(_NO_BATCH))[~column.isna()].sum())
+    batch = column_text(column)
+    n_without = int(np.isin(np.char.lower(batch), list(NO_BATCH)).sum())
     if n_without:
         raise SourceError(
             f"{n_without:,} cells of {name} have no batch in .obs[{key!r}]",
@@ -349,7 +364,7 @@ def _shared_genes(cells: CellCounts, model: ScDiVa, name: str) -> tuple[CellCoun
     is_shared = np.asarray(cells.is_measured.all(axis=0))
     n_dropped = int(cells.is_measured.any(axis=0).sum() - is_shared.sum())
     if is_shared.sum() < MIN_SHARED_GENES:
-        raise SourceError(
+        raise GeneError(
             f"all batches of {name} measure {int(is_shared.sum())} genes that the model knows",
             expected=f"at least {MIN_SHARED_GENES}",
             fix="check gene names: scdiva check",
@@ -365,6 +380,51 @@ def _shared_genes(cells: CellCounts, model: ScDiVa, name: str) -> tuple[CellCoun
         is_measured=cells.is_measured[:, is_shared],
     )
     return smaller, model.restricted(is_shared), n_dropped
+
+
+def _refuse_foreign_bundle(out_dir: str | Path | None) -> None:
+    """Refuse a folder with a bundle that is not of a run there: it would be replaced."""
+    if out_dir is not None and (Path(out_dir) / BUNDLE).exists() and not (Path(out_dir) / "run.json").exists():
+        raise OutputError(
+            f"{Path(out_dir) / BUNDLE} exists, and {out_dir} holds no run",
+            expected="a new folder, or that of the same run",
+            fix="name another one",
+        )
+
+
+def _refuse_without_labels(config: IntegrationConfig, is_supervised: bool) -> None:
+    if is_supervised or (config.contrastive_weight > 0 and not config.stops_early):
+        return
+    raise ConfigError(
+        "no labels, and a loss that needs them (contrastive_weight = 0 or stops_early)",
+        expected="cell types, with supcon_weight above 0",
+        fix="name the column of labels, or leave config out",
+    )
+
+
+def _warn_of_absent_genes(cells: CellCounts, code: NDArray[np.int64], batches: tuple[str, ...], name: str) -> None:
+    """Say which batches lack genes that the others make one expect: files joined by an outer join hold zeros there."""
+    n_batches = len(batches)
+    member = sp.csr_matrix((np.ones(code.size), (code, np.arange(code.size))), shape=(n_batches, code.size))
+    per_gene = np.asarray((member @ cells.counts).todense(), dtype=np.float64)
+    depth = per_gene.sum(axis=1)
+    for i, batch in enumerate(batches):
+        others = per_gene.sum(axis=0) - per_gene[i]
+        expected = others / max(depth.sum() - depth[i], 1.0) * depth[i]
+        n_absent = int(((per_gene[i] == 0) & (expected >= _EXPECTED_MOLECULES)).sum())
+        if n_absent:
+            log.warning(
+                "%s: %d genes have no count in batch %s, where by the others one would expect %d molecules or more. If "
+                "they were not measured there, leave them out of the file: they tell the batches apart",
+                name, n_absent, batch, _EXPECTED_MOLECULES,
+            )  # fmt: skip
+
+
+def _content_hash(cells: CellCounts, code: NDArray[np.int64], label: NDArray[np.int64]) -> str:
+    digest = hashlib.sha256()
+    for array in (cells.counts.indptr, cells.counts.indices, cells.counts.data, code, label):
+        digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def _some_of_each_batch(code: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
@@ -421,7 +481,7 @@ def _start(
     neighbours = BatchNeighbours.find(
         whole[:, n_model:].numpy(), code, k_within=config.n_within, k_across=config.n_across
     )
-    return IntegrationData(torch.stack(views), whole, code, label, neighbours), network, sizes
+    return IntegrationData(torch.stack(views), whole, own.shape[1], code, label, neighbours), network, sizes
 
 
 def _own_components(cells: CellCounts, code: NDArray[np.int64], n_components: int, seed: int) -> NDArray[np.float32]:
@@ -437,24 +497,22 @@ def _own_components(cells: CellCounts, code: NDArray[np.int64], n_components: in
     return loading
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _pooled(network: NativeNetwork, cells: CellCounts) -> torch.Tensor:
     blocks = [
         network.pooled(PackedCells.pack(cells.take(np.arange(first, min(first + _BLOCK, cells.n_cells)))))
         for first in range(0, cells.n_cells, _BLOCK)
     ]
-    # a clone: tensors of inference mode cannot be read by training
-    return torch.cat(blocks).clone()
+    return torch.cat(blocks)
 
 
 def _balanced(
-    train: NDArray[np.int64], cells: CellCounts, data: IntegrationData, config: IntegrationConfig, loop: LoopConfig
+    train: NDArray[np.int64], data: IntegrationData, config: IntegrationConfig, loop: LoopConfig
 ) -> NDArray[np.int64]:
     """Draw the cells that are trained on: every kind of cell as often as the others."""
     if config.n_kinds == 1:
         return train
-    n_own = config.n_components
-    size = cells_per_kind(data.whole_NE[:, -n_own:].numpy()[train], config.n_kinds, seed=loop.seed)
+    size = cells_per_kind(data.whole_NE[:, -data.n_own :].numpy()[train], config.n_kinds, seed=loop.seed)
     rng = np.random.default_rng([loop.seed, _ORDER_STREAM])
     weight = 1.0 / size
     n_draws = max(train.size, min(loop.training.max_steps, 100) * loop.training.batch_size)
@@ -510,12 +568,10 @@ def _details(
     cells: CellCounts,
 ) -> dict[str, Any]:
     how = "with labels of cell types" if used["supervised"] else "without labels"
-    heads = ["anchor", *(["profile_decoder"] if '"reconstruction_weight":0.0' not in used["settings"] else [])]
     return {
         "name": f"{model.name}-integrated",
         "description": f"Embedding of {name} across {used['n_batches']} batches, integrated {how}, from {model.name}.",
         "license": model.details.get("license", ""),
-        "trained_heads": heads,
         "integration": dict(used),
         "training": {
             "n_cells": n_train,

@@ -145,7 +145,7 @@ def pretrain(config: RunConfig, out_dir: str | Path, *, progress: bool = True) -
     objective = _objective(network, config, statistics, simple)
     identity = {"content_of_the_files": _content_hash(corpus, own)}
     if base is not None:
-        identity["model_to_start_from"] = _weights_hash(base)
+        identity["model_to_start_from"] = base.weights_hash()
     fitted, metrics = _fit(objective, cells, train, heldout, config, out, identity, progress=progress)
     record = _training_record(corpus, groups, train, heldout, fitted, config, [f.licence for f in files])
     details = {
@@ -250,7 +250,7 @@ def adapt(
         _start_profile(network, simple, reader.alignment.is_measured)
     identity = {
         "content_of_the_files": _content_hash(corpus, own),
-        "model_to_start_from": _weights_hash(model),
+        "model_to_start_from": model.weights_hash(),
         "objective": settings.model_dump_json(),
         "conditions": ", ".join(conditions),
     }
@@ -687,15 +687,6 @@ def _content_hash(corpus: CellCorpus, statistics: GeneStatistics) -> str:
         digest.update("\n".join(map(str, reader.source.obs.index)).encode())
     for array in (statistics.sum_counts, statistics.n_detected):
         digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-def _weights_hash(model: ScDiVa) -> str:
-    """Fingerprint the weights of a model, saved or not."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

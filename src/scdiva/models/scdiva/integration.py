@@ -105,6 +105,8 @@ class IntegrationData:
         Pooled views of every cell, ``(V, N, E)`` float32.
     whole_NE
         The same of the whole cells.
+    n_own
+        How many of the E dimensions are the data's own components; they come last.
     batch
         ``(N,)`` codes.
     label
@@ -115,6 +117,7 @@ class IntegrationData:
 
     view_VNE: torch.Tensor
     whole_NE: torch.Tensor
+    n_own: int
     batch: NDArray[np.int64]
     label: NDArray[np.int64]
     neighbours: BatchNeighbours
@@ -166,6 +169,8 @@ class IntegrationObjective(nn.Module):
         Pooled cells, batches, labels, partners.
     max_steps
         Length of the training, for the two parts that set in gradually.
+    heldout
+        Positions of held-out cells: their labels are not trained on, also where they are partners of others.
     score
         Scores held-out cells by their labels, where they have any: early stopping goes by it.
     """
@@ -179,9 +184,13 @@ class IntegrationObjective(nn.Module):
         data: IntegrationData,
         *,
         max_steps: int,
+        heldout: NDArray[np.int64] | None = None,
         score: Score | None = None,
     ) -> None:
         super().__init__()
+        self.training_label = data.label.copy()
+        if heldout is not None:
+            self.training_label[heldout] = -1
         anchor = network.anchor
         network.requires_grad_(False)
         for part in (anchor.encoder, anchor.encoder_mlp):
@@ -190,7 +199,7 @@ class IntegrationObjective(nn.Module):
         n_latent, n_batches = network.n_latent, data.n_batches
         # PyTorch's layers draw their first weights from the global generator, which is the caller's
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # manual_seed would set those of all devices
             self.discriminator = nn.Sequential(
                 nn.Linear(n_latent, _DISCRIMINATOR_WIDTH),
                 nn.ReLU(),
@@ -222,7 +231,7 @@ class IntegrationObjective(nn.Module):
         if self.config.reconstruction_weight > 0:
             view_a, view_b = split_counts(cells, rng.uniform(0.4, 0.8, rows.size), rng)
             counts = Counts(PackedCells.pack(view_a), Profile.of(view_b))
-        return self._partners(rows, partner, one, other, (aligned, of_view), counts)
+        return self._partners(rows, partner, one, other, (aligned, of_view), counts, self.training_label)
 
     def prepare_heldout(self, cells: CellCounts, rng: np.random.Generator) -> Partners:
         """Take whole cells, and partners of them; of the cell itself, where it is its partner, a view."""
@@ -231,7 +240,7 @@ class IntegrationObjective(nn.Module):
         other = torch.where(
             torch.from_numpy(partner == rows)[:, None], data.view_VNE[0, partner], data.whole_NE[partner]
         )
-        return self._partners(rows, partner, data.whole_NE[rows], other, (rows, data.whole_NE[rows]), None)
+        return self._partners(rows, partner, data.whole_NE[rows], other, (rows, data.whole_NE[rows]), None, data.label)
 
     def _partners(
         self,
@@ -241,8 +250,9 @@ class IntegrationObjective(nn.Module):
         other: torch.Tensor,
         aligned: tuple[NDArray[np.integer], torch.Tensor],
         counts: Counts | None,
+        label: NDArray[np.int64],
     ) -> Partners:
-        batch, label = self.data.batch, self.data.label
+        batch = self.data.batch
         return Partners(
             pooled_BE=one,
             partner_BE=other,
@@ -289,7 +299,8 @@ class IntegrationObjective(nn.Module):
             parts["adversary"] = (config.adversarial_weight, F.cross_entropy(logit_BD, inputs.batch_B))
         if inputs.counts is not None:
             parts["profile_nll"] = (config.reconstruction_weight, self._reconstruction(inputs.counts, inputs.batch_B))
-        total = torch.stack([weight * value for weight, value in parts.values()]).sum()
+        # a minibatch without labels may have no part at all
+        total = sum((weight * value for weight, value in parts.values()), start=0.0 * z_BZ.sum())
         terms = {name: value.detach() for name, (_, value) in parts.items()}
         if not self.training and self.score is not None:
             known = inputs.label_B >= 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -314,6 +315,14 @@ class ScDiVa:
             "scdiva_version": version("scdiva"),
         }
 
+    def weights_hash(self) -> str:
+        """Fingerprint the weights, saved or not."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.network.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
     @torch.inference_mode()
     def embed(self, cells: CellCounts) -> NDArray[np.float32]:
         """Embed cells.
@@ -412,8 +421,11 @@ class ScDiVa:
         ------
         UnsupportedError
             The model is not native.
+        UntrainedHeadError
+            Its profile decoder was never trained.
         """
         anchor = self.native("profile decoding").anchor
+        require_profile_decoder(tuple(self.details.get("trained_heads", ())), self.name)
         log_rate = anchor.log_rates(torch.from_numpy(np.asarray(z, dtype=np.float32)).to(self.device)).float()
         log_share = log_rate[:, torch.from_numpy(np.asarray(genes, dtype=np.int64))] - torch.logsumexp(
             log_rate, dim=1, keepdim=True
