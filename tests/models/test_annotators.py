@@ -98,7 +98,7 @@ class TestProbe:
         cells, z, code = made(200, 1)
         calls = probe.calls(cells, z)
         assert (calls.probability.argmax(axis=1) == code).mean() > 0.95
-        assert set(probe.loss) == {"joint", "genes", "model+own+genes", "joint+genes"}
+        assert set(probe.loss) == {"joint", "joint+genes", "model+own+genes"}
         assert "+".join(probe.regressions) == min(probe.loss, key=probe.loss.get)
 
     def test_a_useless_z_is_not_listened_to(self):
@@ -108,6 +108,17 @@ class TestProbe:
         new, _, truth = made(200, 1)
         fresh = np.random.default_rng(1).normal(size=(200, 6)).astype(np.float32)
         assert (probe.calls(new, fresh).probability.argmax(axis=1) == truth).mean() > 0.95
+
+    @pytest.mark.parametrize("n", [24, 180])
+    def test_z_is_as_large_as_it_is_useful(self, n):
+        cells, z, code = made(n, 0)
+        noise = np.random.default_rng(0).normal(size=z.shape).astype(np.float32)
+        assert Probe.fit(cells, noise, code, 3, seed=0).features.latent_size < 3
+        silent = cells.with_genes(np.arange(N_GENES) >= 40)  # no gene tells these types apart
+        clear = z + 5 * np.eye(6, dtype=np.float32)[code]
+        found = Probe.fit(silent, clear, code, 3, seed=0)
+        assert found.features.latent_size > 0
+        assert (found.calls(silent, clear).probability.argmax(axis=1) == code).mean() > 0.95
 
     def test_novel_cells_are_novel(self, probe):
         known, z, _ = made(200, 1)
@@ -153,6 +164,7 @@ class TestProbe:
         right = [(p.calls(cells, z).probability.argmax(axis=1) == code).mean() for p in (probe, after)]
         assert right[1] >= right[0]
         assert not np.array_equal(probe.regressions["joint"].coef, after.regressions["joint"].coef)
+        assert list(after.regressions) == list(after.class_logit) == ["joint"]
         before, now = (p.calls(cells, z).probability.max(axis=1).mean() for p in (probe, after))
         assert now == pytest.approx(before, abs=0.02)
 
@@ -184,6 +196,106 @@ class TestProbe:
 
 def vars_of(calls):
     return calls.probability, calls.novelty
+
+
+def elsewhere(n: int, seed: int, **options):
+    """Cells of another laboratory: z is moved from the first type towards the second; genes say nothing."""
+    cells, z, code = made(n, seed, **options)
+    moved = z + np.array([-2.0, 2.0, 1.0, 1.0, 0.0, -1.0], dtype=np.float32)
+    return cells.with_genes(np.arange(N_GENES) >= 40), moved, code
+
+
+@pytest.fixture(scope="module")
+def silent() -> Probe:
+    cells, z, code = made(300, 0)
+    return Probe.fit(cells.with_genes(np.arange(N_GENES) >= 40), z, code, 3, seed=0)
+
+
+class TestAlignment:
+    def right(self, probe, cells, z, code) -> float:
+        return (probe.calls(cells, z).probability.argmax(axis=1) == code).mean()
+
+    @pytest.mark.parametrize("types", [(0, 1, 2), (0, 1, 1, 1, 1, 1, 2), (0, 0, 0, 0, 0, 1, 2)], ids=str)
+    def test_a_shift_is_taken_away_whatever_the_composition(self, silent, types):
+        query = elsewhere(400, 1, types=types)
+        after = silent.aligned(*query[:2])
+        here = made(400, 1, types=types)
+        best = self.right(silent, here[0].with_genes(np.arange(N_GENES) >= 40), *here[1:])
+        assert self.right(silent, *query) < best - 0.05
+        assert self.right(after, *query) > best - 0.03
+
+    def test_known_cells_of_elsewhere_are_known(self, silent):
+        cells, z, _ = elsewhere(400, 1)
+        before, after = (
+            (p.calls(cells, z).novelty > p.calibration.threshold).mean() for p in (silent, silent.aligned(cells, z))
+        )
+        assert after < min(before, 0.12)
+
+    def test_cells_of_the_same_laboratory_are_called_as_before(self, probe):
+        cells, z, _ = made(300, 1)
+        one, two = (p.calls(cells, z) for p in (probe, probe.aligned(cells, z)))
+        assert (one.probability.argmax(axis=1) == two.probability.argmax(axis=1)).mean() > 0.98
+        np.testing.assert_allclose(one.probability, two.probability, atol=0.15)
+
+    def test_foreign_cells_move_nothing(self, probe):
+        cells, z, _ = made(200, 2, types=(3,))
+        assert probe.aligned(cells, z + np.float32(5)) is probe
+
+    def test_one_class_moves_nothing(self, probe):
+        cells, z, _ = made(100, 3, types=(1,))
+        assert probe.aligned(cells, z) is probe
+
+    def test_all_regressions_move(self, monkeypatch):
+        # the geometric mean of three regressions, of which one reads genes
+        monkeypatch.setattr(annotators, "CANDIDATES", (("model", "own", "genes"),))
+        monkeypatch.setattr(annotators, "LATENT_SIZES", (3.0,))
+        cells, z, code = made(300, 0)
+        probe = Probe.fit(cells, z, code, 3, seed=0)
+        query, moved, _ = made(300, 1)
+        after = probe.aligned(query, moved + np.float32([-2, 2, 1, 1, 0, -1]))
+        assert after is not probe
+        for name, fitted in probe.regressions.items():
+            np.testing.assert_array_equal(fitted.coef, after.regressions[name].coef)
+        # z has moved, genes have not
+        change = {
+            name: np.ptp(after.regressions[name].intercept - probe.regressions[name].intercept)
+            for name in ("model", "genes")
+        }
+        assert change["model"] > 5 * change["genes"]
+
+    def test_of_a_linear_model_it_is_the_shift_of_the_features(self, silent):
+        cells, z, _ = elsewhere(300, 1)
+        after = silent.aligned(cells, z)
+        x = silent.features.of(cells, z)
+        shift = (after.class_mean - silent.class_mean)[0]
+        for name in set(silent.regressions) & {"joint"}:
+            moved = silent.regressions[name].log_probability(x[name] - shift)
+            np.testing.assert_allclose(after.regressions[name].log_probability(x[name]), moved, atol=0.15)
+
+    def test_saved_and_read_it_moves_in_the_same_way(self, silent, tmp_path):
+        np.savez(tmp_path / "a.npz", **silent.arrays())
+        with np.load(tmp_path / "a.npz", allow_pickle=False) as archive:
+            again = Probe.from_arrays(dict(archive))
+        cells, z, _ = elsewhere(200, 1)
+        for move in ("aligned", "self_trained"):
+            one, two = (getattr(p, move)(cells, z).calls(cells, z) for p in (silent, again))
+            np.testing.assert_array_equal(one.probability, two.probability)
+            np.testing.assert_array_equal(one.novelty, two.novelty)
+
+    def test_what_classes_disagree_on_is_no_shift(self):
+        share = np.array([0.5, 0.3, 0.2])
+        alike = np.tile([3.0, -1.0], (3, 1))
+        assert annotators._kept_part(alike, share) == pytest.approx(1)
+        apart = np.array([[2.0, 0.0], [-2.0, 1.0], [-2.0, -1.5]])
+        assert annotators._kept_part(apart, share) == 0
+        assert 0.5 < annotators._kept_part(4 * alike + apart, share) < 1
+
+
+def test_the_best_of_each_class_are_taken_and_none_is_lost():
+    code = np.array([0, 0, 0, 0, 1, 1, 2])
+    probability = np.array([0.9, 0.8, 0.99, 0.7, 0.5, 0.4, 0.34])
+    best = annotators._best_of_each(probability, code, 0.5)
+    assert best.tolist() == [True, False, True, False, True, False, True]
 
 
 class TestRegression:

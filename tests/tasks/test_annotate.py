@@ -21,6 +21,7 @@ from scdiva.errors import (
     TrainingError,
     UnsupportedError,
 )
+from scdiva.models.annotators import FEW_FOR_SELF_TRAINING
 from scdiva.models.scdiva import ScDiVa
 from scdiva.tasks.annotate import CellTyper, annotate, fit_cell_typer
 from scdiva.tasks.fine_tuned import FineTuning, loop_config, stratified_split
@@ -93,6 +94,30 @@ def test_the_layer_that_is_named_is_read_for_fitting_too(split, tiny_model):
     np.testing.assert_array_equal(query.obs["scdiva_confidence"], plain.obs["scdiva_confidence"])
 
 
+def test_what_is_learnt_from_the_query_is_on_record(split, tiny_model):
+    typer = fit_cell_typer(split[0], tiny_model, "cell_type", query=split[1])
+    plain, auto, further = (
+        annotate(split[1], tiny_model, typer, self_training=choice) for choice in (False, "auto", True)
+    )
+    assert (plain.record["moved"], plain.record["self_training"]) == (False, False)
+    assert (further.record["moved"], further.record["self_training"]) == (True, True)
+    few = np.median(typer.reference["cells_per_class"]) < FEW_FOR_SELF_TRAINING
+    assert auto.record["self_training"] == few
+    assert auto.record["latent_size"] == typer.annotator.features.latent_size
+    # what was fitted is not changed: the next query starts from it
+    again = annotate(split[1], tiny_model, typer, self_training=False)
+    np.testing.assert_array_equal(plain.probability, again.probability)
+
+
+def test_an_annotator_of_an_older_version_is_refused(split, bundle, tmp_path):
+    typer = fit_cell_typer(split[0], ScDiVa.from_pretrained(bundle, device="cpu"), "cell_type")
+    typer.save(tmp_path / "typer")
+    head = tmp_path / "typer" / "annotator.json"
+    head.write_text(head.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(BundleError, match="another version"):
+        CellTyper.load(tmp_path / "typer")
+
+
 def test_a_file_that_was_cut_off_is_named(split, bundle, cli, tmp_path):
     split[0].write_h5ad(tmp_path / "whole.h5ad")
     (tmp_path / "cut.h5ad").write_bytes((tmp_path / "whole.h5ad").read_bytes()[:5000])
@@ -125,6 +150,11 @@ def test_a_saved_annotator_says_the_same(split, bundle, tmp_path):
         with pytest.raises(OutputError, match="exists"):
             typer.save(tmp_path / method)
         typer.save(tmp_path / method, overwrite=True)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "paper.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"paper\.txt in it, not an annotator"):
+        typer.save(tmp_path / "results", overwrite=True)
+    assert (tmp_path / "results" / "paper.txt").read_text() == "mine"
     content = bytearray((tmp_path / "probe" / "annotator.npz").read_bytes())
     content[100] ^= 1
     (tmp_path / "probe" / "annotator.npz").write_bytes(content)

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from scdiva.cli.common import DEFAULT_MODEL, DeviceOption, FileArgument, LayerOption, ModelOption, OverwriteOption
-from scdiva.errors import ConfigError
+
+FALSE_UNKNOWN_RATE = 0.05
 
 
 def annotate(
@@ -67,7 +68,7 @@ def annotate(
     ] = 0.5,
     false_unknown_rate: Annotated[
         float, typer.Option("--false-unknown-rate", help="Share of known cells that may be called unknown.")
-    ] = 0.05,
+    ] = FALSE_UNKNOWN_RATE,
     seed: Annotated[int, typer.Option("--seed", help="Seed of components, folds and training.")] = 0,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
@@ -87,15 +88,26 @@ def annotate(
     ):
         if value is not None and (annotator is not None or method not in methods):
             raise typer.BadParameter(f"{name} belongs to --method {' or '.join(methods)}")
+    if annotator is not None:
+        fitted_with = {
+            "--label-key": label_key is not None,
+            "--method": method != "probe",
+            "--ontology": bool(ontology),
+            "--tissue": tissue is not None,
+            "--balanced": balanced,
+            "--false-unknown-rate": false_unknown_rate != FALSE_UNKNOWN_RATE,
+        }
+        if ignored := [name for name, is_given in fitted_with.items() if is_given]:
+            raise typer.BadParameter(f"{ignored[0]} is for fitting; --annotator is fitted already")
     ids = _ontology(ontology or [])
     from scdiva.data.output import check_output
     from scdiva.models.scdiva import ScDiVa
-    from scdiva.tasks.annotate import CellTyper
+    from scdiva.tasks.annotate import CellTyper, check_annotator_folder
     from scdiva.tl import FineTuning, annotate_file
 
     check_output(out, overwrite=overwrite)
-    if save is not None and save.exists() and not overwrite:
-        raise ConfigError(f"--save {save} exists", expected="a new folder", fix="name another one, or pass --overwrite")
+    if save is not None:
+        check_annotator_folder(save, overwrite=overwrite)
     loaded = ScDiVa.from_pretrained(model, device=device)
     given: Any = CellTyper.load(annotator) if annotator is not None else reference
     options: dict[str, Any] = {}

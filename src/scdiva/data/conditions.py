@@ -18,7 +18,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from scdiva.data.source import CellSource
-from scdiva.errors import BundleError, ConfigError, KeyNotFoundError
+from scdiva.errors import BundleError, ConfigError, KeyNotFoundError, SourceError
 
 if TYPE_CHECKING:
     from scdiva.data.reader import CountsReader
@@ -36,6 +36,23 @@ def column_text(column: pd.Series) -> NDArray[np.str_]:
     """Return a column of ``.obs`` as text, one for every cell; empty where it is missing."""
     missing = column.isna().to_numpy()
     return np.array(["" if gone else label_text(value) for value, gone in zip(column, missing, strict=True)], dtype=str)
+
+
+def refuse_missing_batches(batch: NDArray[np.str_], name: str) -> None:
+    """Refuse cells without a batch.
+
+    Raises
+    ------
+    SourceError
+        Says how many there are.
+    """
+    n_without = int(np.isin(np.char.lower(batch), list(NO_BATCH)).sum())
+    if n_without:
+        raise SourceError(
+            f"{n_without:,} cells of {name} have no batch",
+            expected="the batch of every cell",
+            fix="name another column, or leave these cells out of the file",
+        )
 
 
 def label_text(value: Any) -> str:

@@ -3,9 +3,10 @@
 Two kinds are here, both on top of a frozen model:
 
 - :class:`ReferenceIndex`: nothing is trained; the neighbours of a cell in the embedding of a labelled reference vote;
-- :class:`Probe`: logistic regressions on z, on components of the reference's own variable genes, on both together and
-  on all genes. Which of them decide is chosen by cross-validation on the reference (our decision, after
-  docs/experiments.md: z carries what other cells have taught, components what only this reference shows).
+- :class:`Probe`: a logistic regression on z beside components of the reference's own variable genes: z carries what
+  other cells have taught, components what only this reference shows. How large z stands beside them, the penalty, and
+  whether regressions on other features decide as well, are chosen by cross-validation on the reference (our decision;
+  docs/experiments.md). A probe can be aligned with the cells it is to annotate, which may be of another laboratory.
 
 A third kind, whose network is trained as well, is in ``models/scdiva/finetuned.py``. All are calibrated on reference
 cells that did not vote for themselves: a temperature for probabilities, and a threshold of novelty that a stated share
@@ -35,8 +36,8 @@ N_VARIABLE_GENES = 2000
 N_FOLDS = 5
 FALSE_UNKNOWN_RATE = 0.05
 """Share of known cells that may be called unknown."""
-_LATENT_SCALE = 3.0
-"""Size of z beside components, whose first ones have standard deviations of about 5 (docs/experiments.md)."""
+_LATENT_SIZE = 3.0
+"""Size of z beside components, whose first ones have standard deviations of about 5, where nothing chooses it."""
 _MIN_CELLS_PER_GENE = 3
 _MANY_CELLS = 50_000
 """More cells than that have an approximate index."""
@@ -283,6 +284,8 @@ class Features:
         ``(D,)`` genes that the regression on all genes reads.
     detected_mean
         ``(D,)`` their mean: what a gene that a file does not measure is taken to be.
+    latent_size
+        Standard deviation of z in the joint features; with 0 they are the components alone.
     """
 
     centre: NDArray[np.float32]
@@ -292,6 +295,7 @@ class Features:
     loading: NDArray[np.float32]
     detected: NDArray[np.int64]
     detected_mean: NDArray[np.float32]
+    latent_size: float = _LATENT_SIZE
 
     @classmethod
     def fit(cls, *groups: tuple[CellCounts, NDArray[np.float32]], seed: int) -> Self:
@@ -322,17 +326,18 @@ class Features:
     def of(self, cells: CellCounts, z: NDArray[np.float32]) -> dict[str, Any]:
         """Return the features of each regression: ``(N, F)`` by name; CSR for "genes"."""
         values = _values(cells)
-        model = (_LATENT_SCALE * (z - self.centre) / self.scale).astype(np.float32)
-        own = (_filled(values, cells, self.gene, self.gene_mean) - self.gene_mean) @ self.loading
+        own = ((_filled(values, cells, self.gene, self.gene_mean) - self.gene_mean) @ self.loading).astype(np.float32)
         genes = values[:, self.detected]
         if not cells.is_measured[:, self.detected].all():
             genes = sp.csr_matrix(_filled(values, cells, self.detected, self.detected_mean))
-        return {"model": model, "own": own, "joint": np.concatenate([model, own], axis=1), "genes": genes}
+        model = (_LATENT_SIZE * (z - self.centre) / self.scale).astype(np.float32)
+        return {"model": model, "own": own, "joint": joint_features(model, own, self.latent_size), "genes": genes}
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return what is saved."""
         names = ("centre", "gene", "gene_mean", "loading", "detected", "detected_mean")
-        return {**{f"features_{name}": getattr(self, name) for name in names}, "features_scale": np.array(self.scale)}
+        numbers = {f"features_{name}": np.array(getattr(self, name)) for name in ("scale", "latent_size")}
+        return {**{f"features_{name}": getattr(self, name) for name in names}, **numbers}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Self:
@@ -340,7 +345,7 @@ class Features:
         values: dict[str, Any] = {
             name.removeprefix("features_"): array for name, array in arrays.items() if name.startswith("features_")
         }
-        values["scale"] = float(values["scale"])
+        values |= {name: float(values[name]) for name in ("scale", "latent_size") if name in values}
         return cls(**values)
 
 
@@ -379,15 +384,26 @@ class Regression:
         return _log_softmax(logit)
 
 
-CANDIDATES: tuple[tuple[str, ...], ...] = (("joint",), ("genes",), ("model", "own", "genes"), ("joint", "genes"))
+CANDIDATES: tuple[tuple[str, ...], ...] = (("joint",), ("joint", "genes"), ("model", "own", "genes"))
 """Sets of regressions among which cross-validation chooses; several of them give the geometric mean."""
+LATENT_SIZES = (0.0, 1.5, 3.0)
+PENALTIES = (0.03, 0.1, 0.3, 1.0)
+"""Inverse penalties (scikit-learn's C) of the joint regression."""
 FEW_CELLS = 10
-"""Median cells per class below which there is nothing to choose by: "joint"."""
-FEW_FOR_SELF_TRAINING = 50
-_C = {"model": 1.0, "own": 1.0, "joint": 1.0, "genes": 0.3}
+"""Median cells per class below which "joint" is the only candidate."""
+FEW_FOR_SELF_TRAINING = 20
+_C = {"model": 0.1, "own": 0.1, "genes": 0.3}
+_CHOICE_CELLS = 2_000
+"""More cells than that have no part in the choice of size and penalty."""
 _KEPT_PER_CLASS = 200
 _SURE = 0.7
+_ALIGNMENT_ROUNDS = 5
+_MOSTLY = 0.5
+"""Share of unknown cells above which a set is not aligned."""
 _SELF_TRAINING_ROUNDS = 3
+_SELF_TRAINING_SHARE = 0.7
+_SELF_TRAINING_C = 0.1
+"""Fixed: a penalty that suits a handful of cells does not suit thousands of calls."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -402,12 +418,17 @@ class Probe:
         By name of their features.
     class_mean
         ``(K, F)`` means of the joint features; NaN for classes without a cell.
+    class_logit
+        ``(K, K)`` of each regression: mean log-odds (unnormalised) of the cells of each class, without the intercept;
+        NaN for classes without a cell.
     whitening
         ``(F, F)``: distances from class means are Mahalanobis distances with the pooled covariance within classes.
     calibration
         From cross-validation.
     kept, kept_code
-        Joint features of up to 200 cells of each class, for :meth:`self_trained`.
+        Joint features of up to 200 cells of each class, for :meth:`aligned` and :meth:`self_trained`.
+    penalty
+        C of the joint regression.
     loss
         Cross-validated nats per cell of each candidate.
     """
@@ -415,10 +436,12 @@ class Probe:
     features: Features
     regressions: Mapping[str, Regression]
     class_mean: NDArray[np.float32]
+    class_logit: Mapping[str, NDArray[np.float64]]
     whitening: NDArray[np.float32]
     calibration: Calibration
     kept: NDArray[np.float32]
     kept_code: NDArray[np.integer]
+    penalty: float = 1.0
     loss: Mapping[str, float] = field(default_factory=dict)
     method: str = "probe"
 
@@ -460,39 +483,60 @@ class Probe:
         x = features.of(cells, z)
         sizes = np.bincount(code, minlength=n_classes)
         weight = (code.size / (sizes > 0).sum() / np.maximum(sizes, 1))[code] if is_balanced else None
+        fold = _folds(code, np.random.default_rng([seed, 1]))
+        rows = np.sort(np.random.default_rng([seed, 4]).permutation(code.size)[:_CHOICE_CELLS])
+        size, penalty = _chosen_size(
+            x["model"][rows],
+            x["own"][rows],
+            code[rows],
+            n_classes,
+            fold[rows],
+            None if weight is None else weight[rows],
+        )
+        features = replace(features, latent_size=size)
+        x["joint"] = joint_features(x["model"], x["own"], size)
+        c = {**_C, "joint": penalty}
         has_choice = float(np.median(sizes[sizes > 0])) >= FEW_CELLS
         candidates = CANDIDATES if has_choice else CANDIDATES[:1]
         names = tuple(dict.fromkeys(name for candidate in candidates for name in candidate))
-        fold = _folds(code, np.random.default_rng([seed, 1]))
-        out = {name: np.full((code.size, n_classes), np.nan) for name in names}
-        distance = np.full(code.size, np.nan)
-        for i in range(N_FOLDS):
-            train, test = np.flatnonzero(fold != i), np.flatnonzero(fold == i)
-            if not test.size:
-                continue
-            part = None if weight is None else weight[train]
-            for name in names:
-                fitted = Regression.fit(x[name][train], code[train], n_classes, part, _C[name])
-                out[name][test] = fitted.log_probability(x[name][test])
-            distance[test] = class_distance(x["joint"][test], *class_shape(x["joint"][train], code[train], n_classes))
-        is_judged = np.isfinite(distance)
-        loss, best = {}, candidates[0]
+        is_judged = fold >= 0
+        out = {name: _held_out(x[name], code, n_classes, fold, weight, c[name]) for name in names}
+        loss: dict[str, float] = {}
+        best = candidates[0]
         for candidate in candidates if is_judged.any() else ():
-            together = _log_softmax(np.mean([out[name][is_judged] for name in candidate], axis=0))
-            sharp = together / temperature_of(together, code[is_judged])
-            nll = -_log_softmax(sharp)[np.arange(sharp.shape[0]), code[is_judged]].mean()
-            loss["+".join(candidate)] = float(nll)
-            best = candidate if nll <= min(loss.values()) else best
-        together = _log_softmax(np.mean([out[name][is_judged] for name in best], axis=0))
+            loss["+".join(candidate)] = _nll(
+                np.mean([out[name][is_judged] for name in candidate], axis=0), code[is_judged]
+            )
+            best = candidate if loss["+".join(candidate)] <= min(loss.values()) else best
         calibration = Calibration.none()
         if is_judged.any():
+            distance = np.empty(code.size)
+            for train, test in _parts(fold):
+                shape = class_shape(x["joint"][train], code[train], n_classes)
+                distance[test] = class_distance(x["joint"][test], *shape)
+            together = _log_softmax(np.mean([out[name][is_judged] for name in best], axis=0))
             calibration = Calibration.fit(
                 together, distance[is_judged], code[is_judged], false_unknown_rate=false_unknown_rate
             )
-        regressions = {name: Regression.fit(x[name], code, n_classes, weight, _C[name]) for name in best}
+        regressions = {name: Regression.fit(x[name], code, n_classes, weight, c[name]) for name in best}
+        class_logit = {
+            name: _class_means(np.asarray(x[name] @ fitted.coef), code, n_classes)
+            for name, fitted in regressions.items()
+        }
         mean, whitening = class_shape(x["joint"], code, n_classes)
         kept = some_of_each(code, _KEPT_PER_CLASS, np.random.default_rng([seed, 2]))
-        return cls(features, regressions, mean, whitening, calibration, x["joint"][kept], code[kept], loss)
+        return cls(
+            features,
+            regressions,
+            mean,
+            class_logit,
+            whitening,
+            calibration,
+            x["joint"][kept],
+            code[kept],
+            penalty,
+            loss,
+        )
 
     @property
     def n_classes(self) -> int:
@@ -501,33 +545,105 @@ class Probe:
 
     def calls(self, cells: CellCounts, z: NDArray[np.float32]) -> Calls:
         """Annotate cells."""
-        x = self.features.of(cells, z)
-        together = np.mean([fitted.log_probability(x[name]) for name, fitted in self.regressions.items()], axis=0)
+        return self._calls(self.features.of(cells, z))
+
+    def _calls(self, x: Mapping[str, Any]) -> Calls:
         distance = class_distance(x["joint"], self.class_mean, self.whitening)
-        return self.calibration.calls(_log_softmax(together), distance)
+        return self.calibration.calls(self._log_probability(x), distance)
+
+    def _log_probability(self, x: Mapping[str, Any]) -> NDArray[np.float64]:
+        return _log_softmax(
+            np.mean([fitted.log_probability(x[name]) for name, fitted in self.regressions.items()], axis=0)
+        )
+
+    def aligned(self, cells: CellCounts, z: NDArray[np.float32]) -> Self:
+        """Return the probe, moved to where other cells are: those of another laboratory are shifted.
+
+        The shift is the mean over classes of the difference between the class means of the cells that the probe is
+        sure of and those of the reference; not the difference of overall means, which composition would decide. Classes
+        count by the harmonic mean of their cells on both sides (at most 200 of the reference). It is shrunk by how much
+        classes disagree on it (positive-part James-Stein, whitened within classes), which leaves cells of the
+        reference's own laboratory as they are. To a linear regression a shift is a change of its intercepts: nothing
+        else is changed, but for the class means that novelty is measured from. Five rounds of calls and shifts. Where
+        more than half of the cells are unknown even so, they are not the reference's types elsewhere, and the probe
+        stays what it was; also where fewer than two classes are found. Our decision; docs/experiments.md.
+
+        Parameters
+        ----------
+        cells, z
+            Unlabelled cells of the set that will be annotated, and their embedding.
+        """
+        return self._aligned(self.features.of(cells, z))
+
+    def _aligned(self, x: Mapping[str, Any]) -> Self:
+        k = self.n_classes
+        logit = {name: np.asarray(x[name] @ fitted.coef) for name, fitted in self.regressions.items()}
+        n = np.bincount(self.kept_code, minlength=k)
+        probe = self
+        for _ in range(_ALIGNMENT_ROUNDS):
+            probability = _softmax(probe._log_probability(x) / self.calibration.temperature)
+            sure, code = probability.max(axis=1) > _SURE, probability.argmax(axis=1)
+            m = np.bincount(code[sure], minlength=k)
+            is_in_both = (n > 0) & (m > 0)
+            if is_in_both.sum() < 2:
+                return self
+            # the classes of the query are further ones, with means of their own
+            both = np.concatenate([self.kept, x["joint"][sure]])
+            mean, whitening = class_shape(both, np.concatenate([self.kept_code, k + code[sure]]), 2 * k)
+            harmonic = 1.0 / (1.0 / n[is_in_both] + 1.0 / m[is_in_both])
+            share = harmonic / harmonic.sum()
+            shifts = (mean[k:] - mean[:k])[is_in_both]
+            shift = share @ shifts
+            kept_part = _kept_part(shifts @ whitening, share)
+            if kept_part == 0:
+                return self
+            moved = {}
+            for name, fitted in self.regressions.items():
+                there = _class_means(logit[name][sure], code[sure], k)
+                offset = kept_part * (share @ (there - self.class_logit[name])[is_in_both])
+                moved[name] = replace(fitted, intercept=(fitted.intercept - offset).astype(np.float32))
+            class_mean = (self.class_mean + kept_part * shift).astype(np.float32)
+            probe = replace(self, regressions=moved, class_mean=class_mean)
+        novelty = probe._calls(x).novelty
+        return self if (novelty > self.calibration.threshold).mean() > _MOSTLY else probe
 
     def self_trained(self, cells: CellCounts, z: NDArray[np.float32]) -> Self:
-        """Return the probe, trained further on what it is sure of among unlabelled cells.
+        """Return the probe, aligned, and trained further on its own calls of unlabelled cells.
 
-        Three rounds; a cell counts as much as its probability. For references of few cells, or of another laboratory
-        (our decision; docs/experiments.md). A probe that learns from its own calls grows surer of them and not as much
+        Three rounds, each on the most probable 70 % of the cells of each predicted class, so that no class is lost
+        for being less sure than others; a cell counts as much as its probability. For references of few cells (our
+        decision; docs/experiments.md). A probe that learns from its own calls grows surer of them and not as much
         better: its temperature is set anew, so that its mean confidence on these cells stays what it was.
+
+        Parameters
+        ----------
+        cells, z
+            As for :meth:`aligned`.
         """
-        x = self.features.of(cells, z)["joint"]
-        probe = self
-        confidence = float(self.calls(cells, z).probability.max(axis=1).mean())
+        x = self.features.of(cells, z)
+        probe = self._aligned(x)
+        log_probability = probe._log_probability(x) / self.calibration.temperature
+        confidence = float(_softmax(log_probability).max(axis=1).mean())
         for _ in range(_SELF_TRAINING_ROUNDS):
-            probability = probe.calls(cells, z).probability
-            best = probability.max(axis=1)
-            sure = best > _SURE
-            together = np.concatenate([self.kept, x[sure]])
-            code = np.concatenate([self.kept_code, probability[sure].argmax(axis=1)])
-            weight = np.concatenate([np.ones(self.kept_code.size), best[sure]])
-            fitted = Regression.fit(together, code, self.n_classes, weight, _C["joint"])
-            temperature = _temperature_of_mean(fitted.log_probability(x), confidence)
-            calibration = replace(self.calibration, temperature=temperature)
-            probe = replace(probe, regressions={"joint": fitted}, calibration=calibration)
-        return probe
+            probability = _softmax(log_probability)
+            best, code = probability.max(axis=1), probability.argmax(axis=1)
+            used = _best_of_each(best, code, _SELF_TRAINING_SHARE)
+            fitted = Regression.fit(
+                np.concatenate([self.kept, x["joint"][used]]),
+                np.concatenate([self.kept_code, code[used]]),
+                self.n_classes,
+                np.concatenate([np.ones(self.kept_code.size), best[used]]),
+                _SELF_TRAINING_C,
+            )
+            log_probability = fitted.log_probability(x["joint"])
+            temperature = _temperature_of_mean(log_probability, confidence)
+            log_probability = log_probability / temperature
+        return replace(
+            probe,
+            regressions={"joint": fitted},
+            class_logit={"joint": _class_means(self.kept @ fitted.coef, self.kept_code, self.n_classes)},
+            calibration=replace(self.calibration, temperature=temperature),
+        )
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return what is saved."""
@@ -536,7 +652,13 @@ class Probe:
             for name, fitted in self.regressions.items()
             for part in ("coef", "intercept")
         }
-        own = {"class_mean": self.class_mean, "whitening": self.whitening, "kept": self.kept}
+        regressions |= {f"class_logit_{name}": value for name, value in self.class_logit.items()}
+        own = {
+            "class_mean": self.class_mean,
+            "whitening": self.whitening,
+            "kept": self.kept,
+            "penalty": np.array(self.penalty),
+        }
         loss = {"loss_names": np.array(list(self.loss), dtype=str), "loss": np.array(list(self.loss.values()))}
         return {
             **self.features.arrays(), **regressions, **own, **loss, "kept_code": self.kept_code,
@@ -552,12 +674,106 @@ class Probe:
             Features.from_arrays(arrays),
             regressions,
             arrays["class_mean"],
+            {name: arrays[f"class_logit_{name}"] for name in names},
             arrays["whitening"],
             Calibration.from_arrays(arrays),
             arrays["kept"],
             arrays["kept_code"],
+            float(arrays["penalty"]),
             dict(zip(arrays["loss_names"].tolist(), arrays["loss"].tolist(), strict=True)),
         )
+
+
+def _parts(fold: NDArray[np.integer]) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Return positions of training and of held-out cells of each fold that has any."""
+    return [(np.flatnonzero(fold != i), np.flatnonzero(fold == i)) for i in range(N_FOLDS) if (fold == i).any()]
+
+
+def _held_out(
+    x: Any,
+    code: NDArray[np.integer],
+    n_classes: int,
+    fold: NDArray[np.integer],
+    weight: NDArray[np.floating] | None,
+    c: float,
+) -> NDArray[np.float64]:
+    """Log-probabilities of cells that had no part in them, ``(N, K)``; NaN for cells of no fold."""
+    out = np.full((code.size, n_classes), np.nan)
+    for train, test in _parts(fold):
+        fitted = Regression.fit(x[train], code[train], n_classes, None if weight is None else weight[train], c)
+        out[test] = fitted.log_probability(x[test])
+    return out
+
+
+def _nll(log_probability: NDArray[np.floating], code: NDArray[np.integer]) -> float:
+    """Nats per cell at the best temperature."""
+    normal = _log_softmax(log_probability)
+    sharp = _log_softmax(normal / temperature_of(normal, code))
+    return float(-sharp[np.arange(code.size), code].mean())
+
+
+def joint_features(model: NDArray[np.float32], own: NDArray[np.float32], size: float) -> NDArray[np.float32]:
+    """Return z, of a size, beside the components: ``(N, Z + C)``; the components alone with size 0."""
+    if size == 0:
+        return own
+    return np.concatenate([np.float32(size / _LATENT_SIZE) * model, own], axis=1)
+
+
+def _chosen_size(
+    model: NDArray[np.float32],
+    own: NDArray[np.float32],
+    code: NDArray[np.integer],
+    n_classes: int,
+    fold: NDArray[np.integer],
+    weight: NDArray[np.floating] | None,
+) -> tuple[float, float]:
+    """Return the size of z and the penalty that make held-out cells most probable.
+
+    Also with five cells of each class: whether z, components or both tell these types apart shows in a handful of
+    cells. Where no cell can be held out, the largest of both.
+    """
+    judged = fold >= 0
+    found, best = (LATENT_SIZES[-1], PENALTIES[-1]), np.inf
+    for size in LATENT_SIZES if judged.any() else ():
+        x = joint_features(model, own, size)
+        for c in PENALTIES:
+            loss = _nll(_held_out(x, code, n_classes, fold, weight, c)[judged], code[judged])
+            if loss < best:
+                found, best = (size, c), loss
+    return found
+
+
+def _kept_part(shifts: NDArray[np.floating], share: NDArray[np.floating]) -> float:
+    """How much of the classes' mean shift is common to them, between 0 and 1.
+
+    Parameters
+    ----------
+    shifts
+        ``(C, F)`` shifts of classes, whitened.
+    share
+        ``(C,)`` weights; their sum is 1.
+    """
+    mean = share @ shifts
+    # the variance of the weighted mean, from the spread of the classes around it
+    chance = (share**2 * ((shifts - mean) ** 2).sum(axis=1)).sum() / max(1.0 - float((share**2).sum()), _TINY)
+    return float(max(0.0, 1.0 - chance / max(float((mean**2).sum()), _TINY)))
+
+
+def _class_means(x: NDArray[np.floating], code: NDArray[np.integer], n_classes: int) -> NDArray[np.float64]:
+    """Means of the classes, ``(K, F)``; NaN for classes without a cell."""
+    sizes = np.bincount(code, minlength=n_classes)
+    total = np.zeros((n_classes, x.shape[1]))
+    np.add.at(total, code, x)
+    return total / np.where(sizes > 0, sizes, np.nan)[:, None]
+
+
+def _best_of_each(probability: NDArray[np.floating], code: NDArray[np.integer], share: float) -> NDArray[np.bool_]:
+    """Mark the most probable share of the cells of each class, at least one."""
+    is_best = np.zeros(code.size, dtype=bool)
+    for c in np.unique(code):
+        rows = np.flatnonzero(code == c)
+        is_best[rows[np.argsort(-probability[rows], kind="stable")[: max(1, int(share * rows.size))]]] = True
+    return is_best
 
 
 def _values(cells: CellCounts) -> sp.csr_matrix:
@@ -610,10 +826,8 @@ def class_shape(
     whitening
         ``(F, F)``: distances of whitened features are Mahalanobis distances with the pooled covariance within classes.
     """
+    mean = _class_means(x, code, n_classes)
     sizes = np.bincount(code, minlength=n_classes)
-    total = np.zeros((n_classes, x.shape[1]))
-    np.add.at(total, code, x)
-    mean = total / np.where(sizes > 0, sizes, np.nan)[:, None]
     deviation = x - mean[code]
     covariance = deviation.T @ deviation / max(code.size - (sizes > 0).sum(), 1)
     level = max(float(np.trace(covariance)) / x.shape[1], _TINY)

@@ -52,9 +52,10 @@ CONFIDENCE = 0.5
 """Probability that a cell type, or a common ancestor of several, must reach to be a cell's term."""
 MIN_SHARED_GENES = 100
 _BLOCK = 1024
-_FORMAT = 1
+_FORMAT = 2
 _UNLABELLED_CELLS = 10_000
 _NOT_SAVED = "not saved"
+_FILES = frozenset({"annotator.json", "annotator.npz"})
 
 log = logging.getLogger(__name__)
 
@@ -179,7 +180,7 @@ class CellTyper:
         Raises
         ------
         OutputError
-            The folder exists, or its parent does not.
+            As :func:`check_annotator_folder`.
         BundleError
             The model is not saved: nobody could tell later whether another one is the same.
         """
@@ -190,10 +191,7 @@ class CellTyper:
                 expected="a model from a bundle",
                 fix="model.save_pretrained(...), load it with from_pretrained, and fit the annotator again",
             )
-        if path.exists() and not overwrite:
-            raise OutputError(f"{path} exists", expected="a new folder", fix="name another one, or pass overwrite=True")
-        if not path.parent.is_dir():
-            raise OutputError(f"the folder {path.parent} does not exist", expected="a folder", fix="create it first")
+        check_annotator_folder(path, overwrite=overwrite)
         with replacing(path) as partial:
             partial.mkdir()
             arrays = {**self.annotator.arrays(), "is_shared": self.is_shared}
@@ -279,6 +277,28 @@ class CellTyper:
         reference = {**self.reference, "name": f"{self.reference['name']} + {other.reference['name']}"}
         reference["n_cells"] = int(self.reference["n_cells"]) + int(other.reference["n_cells"])
         return CellTyper(merged, classes, tuple(ids[name] for name in classes), self.is_shared, reference)
+
+
+def check_annotator_folder(folder: str | Path, *, overwrite: bool) -> None:
+    """Refuse a folder that an annotator cannot be saved to.
+
+    Raises
+    ------
+    OutputError
+        The folder exists (with ``overwrite``: and holds something else than an annotator), or its parent does not.
+    """
+    path = Path(folder)
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists", expected="a new folder", fix="name another one, or allow overwriting")
+    others = sorted({entry.name for entry in path.iterdir()} - _FILES) if path.is_dir() else []
+    if path.is_file() or others:
+        raise OutputError(
+            f"{path} is {f'a folder with {others[0]} in it' if others else 'a file'}, not an annotator",
+            expected="a new folder, or one that holds an annotator and nothing else",
+            fix="name another one",
+        )
+    if not path.parent.is_dir():
+        raise OutputError(f"the folder {path.parent} does not exist", expected="a folder", fix="create it first")
 
 
 def fit_cell_typer(
@@ -442,8 +462,9 @@ def annotate(
     layer
         Where the counts are; found if left out.
     self_training
-        Whether a probe goes on to learn from query cells that it is sure of (up to 10,000); "auto": where the
-        reference has fewer than 50 cells per class (median).
+        What a probe learns from the query, of up to 10,000 cells. "auto": it is aligned with them (they may be of
+        another laboratory), and where the reference has fewer than 20 cells per class (median), it goes on to learn
+        from its own calls. True: both. False: nothing, and the call of a cell does not depend on other cells.
     confidence
         Probability that an ontology term must reach.
     on_block
@@ -468,16 +489,18 @@ def annotate(
     is_used = typer.is_shared & reader.alignment.is_measured
     _refuse_few_genes(is_used, str(typer.reference["name"]), reader.source.name)
     annotator = typer.annotator.on(model) if isinstance(typer.annotator, FineTuned) else typer.annotator
-    is_self_trained = _is_self_trained(self_training, typer)
-    if is_self_trained and isinstance(annotator, Probe):
+    is_self_trained, fitted = _is_self_trained(self_training, typer), annotator
+    if isinstance(annotator, Probe) and self_training is not False:
         rows = np.sort(np.random.default_rng(0).permutation(len(reader))[:_UNLABELLED_CELLS])
         cells = reader.read(rows).with_genes(typer.is_shared)
-        annotator = annotator.self_trained(cells, embed_cells(model, cells))
+        z = embed_cells(model, cells)
+        annotator = annotator.self_trained(cells, z) if is_self_trained else annotator.aligned(cells, z)
     probability = np.empty((len(reader), len(typer.classes)), dtype=np.float32)
     novelty = np.empty(len(reader), dtype=np.float32)
-    start = 0
+    start = n_empty = 0
     for block in ordered_blocks(reader, _BLOCK):
         cells = block.with_genes(typer.is_shared)
+        n_empty += int((np.diff(cells.counts.indptr) == 0).sum())
         calls = annotator.calls(cells, model.embed(cells))
         stop = start + cells.n_cells
         probability[start:stop], novelty[start:stop] = calls.probability, calls.novelty
@@ -490,8 +513,12 @@ def annotate(
             "%s does not measure %d of the %d genes that the annotator was fitted to; they count as unknown",
             reader.source.name, n_missing, int(typer.is_shared.sum()),
         )  # fmt: skip
+    if n_empty:
+        log.warning("%s: %d cells have no count in the genes that are compared; their types mean nothing",
+                    reader.source.name, n_empty)  # fmt: skip
     record = {
         "method": annotator.method,
+        "n_empty_cells": n_empty,
         "reference": dict(typer.reference),
         "n_genes_missing": n_missing,
         "self_training": is_self_trained,
@@ -502,6 +529,8 @@ def annotate(
     }
     if isinstance(annotator, Probe):
         record["regressions"] = list(annotator.regressions)
+        record["latent_size"] = annotator.features.latent_size
+        record["moved"] = annotator is not fitted
     return Annotation(
         typer.classes, probability, novelty, annotator.calibration.threshold, typer.class_ids, record, confidence
     )

@@ -357,7 +357,8 @@ def _fit(
     if method == "reference":
         return ReferenceIndex.fit(z, code, classes.size)
     probe = Probe.fit(train.cells, z, code, classes.size, seed=seed, unlabelled=unlabelled)
-    return probe.self_trained(*unlabelled) if method == "probe_self_trained" else probe
+    # aligned with the cells to annotate, as annotate does
+    return probe.self_trained(*unlabelled) if method == "probe_self_trained" else probe.aligned(*unlabelled)
 
 
 def _chosen_run(runs: Mapping[str, Run], task: Task, model: Embedder, z: _Embedded, seed: int, key: str) -> Run:

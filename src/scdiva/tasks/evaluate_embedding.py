@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from scdiva.baselines import annotation as classifiers
 from scdiva.baselines import embedding as baselines
 from scdiva.baselines.common import require
+from scdiva.data.conditions import column_text, refuse_missing_batches
 from scdiva.data.reader import open_counts
 from scdiva.data.source import open_source
 from scdiva.errors import ConfigError, ScdivaError, SourceError
@@ -27,7 +28,7 @@ from scdiva.metrics import integration
 from scdiva.metrics.annotation import Interval
 from scdiva.metrics.embedding import kmeans_nmi, knn_scores, paired_difference
 from scdiva.tasks.embed import embed_cells
-from scdiva.tasks.evaluate_integration import column_text, known_labels
+from scdiva.tasks.evaluate_integration import known_labels
 from scdiva.tasks.evaluation_rows import (
     append_row,
     content_hash,
@@ -119,6 +120,8 @@ class LabelledCells:
         source = open_source(data)
         label = known_labels(column_text(source.column(label_key)))
         batch = None if batch_key is None else column_text(source.column(batch_key))
+        if batch is not None:
+            refuse_missing_batches(batch, source.name)
         reader = open_counts(source, model.vocabulary, layer=layer)
         found = cls(source.name, reader.read(np.arange(len(reader))), label, batch)
         n_types = np.unique(label[found.is_scored]).size

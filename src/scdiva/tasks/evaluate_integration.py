@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from scdiva.baselines import integration as baselines
 from scdiva.baselines.common import require
-from scdiva.data.conditions import NO_BATCH, column_text, is_missing
+from scdiva.data.conditions import column_text, is_missing, refuse_missing_batches
 from scdiva.data.reader import open_counts
 from scdiva.data.source import open_source
 from scdiva.errors import ConfigError, ScdivaError, SourceError
@@ -131,13 +131,7 @@ class BatchedCells:
                 expected="one of each for every cell",
                 fix="give both for all cells",
             )
-        n_without = int(np.isin(np.char.lower(batch), list(NO_BATCH)).sum())
-        if n_without:
-            raise SourceError(
-                f"{n_without:,} cells of {source.name} have no batch",
-                expected="the batch of every cell",
-                fix="name another column, or leave these cells out of the file",
-            )
+        refuse_missing_batches(batch, source.name)
         label = known_labels(label)
         for what, values in (("batch", batch), ("type", label[label != ""])):
             found = np.unique(values)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from scdiva.baselines.common import fit_components, log_cp10k, variable_genes
 from scdiva.config import IntegrationConfig, LoopConfig, NativeConfig
-from scdiva.data.conditions import NO_BATCH, column_text, is_missing
+from scdiva.data.conditions import column_text, is_missing, refuse_missing_batches
 from scdiva.data.reader import open_counts
 from scdiva.data.source import open_source
 from scdiva.data.splits import hold_out
@@ -40,8 +40,6 @@ from scdiva.tasks.embed import embed, embed_cells
 from scdiva.types import CellCounts
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from scdiva.data.source import DataLike
     from scdiva.training import FitResult
 
@@ -123,7 +121,8 @@ def integrate(
         See :func:`integrate_cells`.
     """
     source = open_source(data)
-    batch = _batches(source.column(batch_key), source.name, batch_key)
+    batch = column_text(source.column(batch_key))
+    refuse_missing_batches(batch, f".obs[{batch_key!r}] of {source.name}")
     labels = None if label_key is None else column_text(source.column(label_key))
     reader = open_counts(source, model.vocabulary, layer=layer)
     rows = _some_of_each_batch(np.unique(batch, return_inverse=True)[1], seed)
@@ -318,18 +317,6 @@ def loop_config(n_cells: int, *, seed: int = 0, device: str = "auto", stops_earl
             },
         }
     )
-
-
-def _batches(column: pd.Series, name: str, key: str) -> NDArray[np.str_]:
-    batch = column_text(column)
-    n_without = int(np.isin(np.char.lower(batch), list(NO_BATCH)).sum())
-    if n_without:
-        raise SourceError(
-            f"{n_without:,} cells of {name} have no batch in .obs[{key!r}]",
-            expected="the batch of every cell",
-            fix="name another column, or leave these cells out",
-        )
-    return batch
 
 
 def _coded_batches(batch: NDArray[np.str_], n_cells: int) -> tuple[tuple[str, ...], NDArray[np.int64]]:

@@ -491,7 +491,7 @@ def _ours(task: Task, method: str, seed: int, z: _Z, z_test: _Z) -> _Novelty:
     if method == "reference":
         annotator = ReferenceIndex.fit(z, code, classes.size)
     else:
-        annotator = Probe.fit(train, z, code, classes.size, seed=seed, unlabelled=(test, z_test))
+        annotator = Probe.fit(train, z, code, classes.size, seed=seed, unlabelled=(test, z_test)).aligned(test, z_test)
     return _Novelty(annotator.calls(test, z_test).novelty, annotator.calibration.threshold)
 
 

@@ -67,7 +67,8 @@ def annotate(
     AnnData or None
         ``.obs``: ``scdiva_cell_type``, ``scdiva_confidence`` (calibrated probability), ``scdiva_second_cell_type``,
         ``scdiva_novelty``, ``scdiva_unknown``, ``scdiva_ontology_id``, ``scdiva_ontology_label``;
-        ``.obsm["scdiva_cell_type_probability"]`` (a table, one column per type); ``.uns["scdiva"]["annotate"]``.
+        ``.obsm["scdiva_cell_type_probability"]`` (a table, one column per type, in the order of the record's classes;
+        "/" in a name becomes "_"); ``.uns["scdiva"]["annotate"]``.
 
     Raises
     ------
@@ -152,4 +153,8 @@ def _cell_typer(
 def _probability_table(found: Annotation, index: Any) -> DataFrame:
     import pandas as pd
 
-    return pd.DataFrame(found.probability, columns=list(found.classes), index=index)
+    # HDF5 takes a slash for a folder
+    names = [name.replace("/", "_") for name in found.classes]
+    if len(set(names)) < len(names):
+        names = [f"{name} ({i})" for i, name in enumerate(names, start=1)]
+    return pd.DataFrame(found.probability, columns=names, index=index)
