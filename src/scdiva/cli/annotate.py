@@ -39,7 +39,11 @@ def annotate(
     model: ModelOption = DEFAULT_MODEL,
     layer: LayerOption = None,
     self_training: Annotated[
-        str, typer.Option("--self-training", help="auto, yes or no: learn on from query cells that are sure (probe).")
+        str,
+        typer.Option(
+            "--self-training",
+            help="auto, yes or no: learn from the query's cells (probe): be aligned with them, and learn on from calls where types have few cells.",
+        ),
     ] = "auto",
     ontology: Annotated[
         list[str] | None,

@@ -364,8 +364,8 @@ def _fit(
 def _chosen_run(runs: Mapping[str, Run], task: Task, model: Embedder, z: _Embedded, seed: int, key: str) -> Run:
     """Return the run of the method that is best on validation cells, which are training cells.
 
-    Candidates see what they see in the end but for the labels of the validation cells: the unlabelled held-out cells as
-    well. Ties go to the simpler method, the first one.
+    Candidates see the unlabelled validation cells as they see the held-out ones in the end. Ties go to the simpler
+    method, the first one.
     """
     started = time.perf_counter()
     label = task.train.label
@@ -382,8 +382,9 @@ def _chosen_run(runs: Mapping[str, Run], task: Task, model: Embedder, z: _Embedd
             if not rows.size:
                 continue
             part = task.train.take(own)
-            annotator = _fit(method, part, z.train[own], (task.test.cells, z.test), model, seed)
-            probability = annotator.calls(task.train.cells.take(rows), z.train[rows]).probability
+            # these are the cells that are annotated here: a probe aligned with others would be judged unfairly
+            validated = (task.train.cells.take(rows), z.train[rows])
+            probability = _fit(method, part, z.train[own], validated, model, seed).calls(*validated).probability
             predicted[rows] = np.unique(part.label)[probability.argmax(axis=1)]
         validation[method] = (
             metrics.annotation_scores(label[judged], predicted[judged]).macro_f1 if judged.any() else 0.0
