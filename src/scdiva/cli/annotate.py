@@ -42,7 +42,8 @@ def annotate(
         str,
         typer.Option(
             "--self-training",
-            help="auto, yes or no: learn from the query's cells (probe): be aligned with them, and learn on from calls where types have few cells.",
+            help="auto, yes or no: whether a probe looks at the query as a whole: is aligned with it, and (auto: where "
+            "types have few cells) learns on from its own calls.",
         ),
     ] = "auto",
     ontology: Annotated[
