@@ -288,6 +288,14 @@ def tuned(request, split, trunk_model) -> CellTyper:
 class TestFineTuning:
     """The two methods that train the network."""
 
+    def test_within_inference_mode(self, split, trunk_model, tuned):
+        with torch.inference_mode():
+            again = fit_cell_typer(
+                split[0], trunk_model, "cell_type", method=tuned.annotator.method, query=split[1], fine_tuning=QUICK
+            )
+        one, two = (annotate(split[1], trunk_model, typer).probability for typer in (tuned, again))
+        np.testing.assert_array_equal(one, two)
+
     def test_types_are_found_and_the_training_is_on_record(self, split, trunk_model, tuned, tmp_path):
         query = split[1].copy()
         sd.tl.annotate(query, trunk_model, tuned)

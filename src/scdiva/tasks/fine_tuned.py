@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from scdiva.config import LoopConfig
@@ -167,6 +168,8 @@ class _LabelledCells:
         return self.reader.describe([int(self.row[i]) for i in indices])
 
 
+# a caller's inference mode would take the gradients away
+@torch.inference_mode(False)
 def fit_fine_tuned(
     cells: CellCounts,
     code: NDArray[np.integer],
