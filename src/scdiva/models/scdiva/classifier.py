@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -23,15 +23,15 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
+from scdiva.config import NativeConfig
 from scdiva.diffusion import Masks
 from scdiva.errors import BundleError, ConfigError, UnsupportedError
-from scdiva.models.scdiva.inputs import MaskedCells, OnDevice, Tokeniser
+from scdiva.models.scdiva.inputs import MaskedCells, OnDevice
 from scdiva.models.scdiva.native import NativeNetwork, Trunk
 from scdiva.models.scdiva.objectives import tokeniser_of
 from scdiva.nn import Packing, ResidualMLP
 from scdiva.nn.lora import add_lora
 from scdiva.nn.transformer import Block, rotate
-from scdiva.serialization import TokenOrder
 from scdiva.types import CellCounts, LossOutput
 
 if TYPE_CHECKING:
@@ -197,7 +197,9 @@ class CellClassifier(nn.Module):
             self.head = ClassifierHead(network.n_latent + transformer.width, n_classes, generator).to(model.device)
         transformer.layers[-1] = FirstTokenBlock(cast(Block, transformer.layers[-1]))
         self.network = network
-        self.tokeniser = _capped(tokeniser_of(model.config, model.statistics), design.max_tokens)  # type: ignore[arg-type]
+        assert isinstance(model.config, NativeConfig)
+        tokeniser = tokeniser_of(model.config, model.statistics)
+        self.tokeniser = replace(tokeniser, max_tokens=min(tokeniser.max_tokens, design.max_tokens))
 
     def forward(self, cells: MaskedCells) -> tuple[torch.Tensor, torch.Tensor]:
         """Return states, ``(B, n_state)``, and logits, ``(B, C)``, both float32.
@@ -278,15 +280,6 @@ def _check(design: Design, trunk: Trunk) -> None:
         raise ConfigError(f"adapters of rank {design.rank}", expected=f"1 to {limit}", fix="8 is usual")
     if design.max_tokens < 1:
         raise ConfigError(f"max_tokens = {design.max_tokens}", expected="at least 1", fix="leave it out")
-
-
-def _capped(tokeniser: Tokeniser, max_tokens: int) -> Tokeniser:
-    return Tokeniser(
-        tokeniser.statistics,
-        min(tokeniser.max_tokens, max_tokens),
-        TokenOrder(tokeniser.order),
-        tokeniser.has_positions,
-    )
 
 
 @dataclass(frozen=True, slots=True)
