@@ -43,6 +43,18 @@ evaluate pbmc3k_to_kang "$DATA/pbmc3k.h5ad" --map "$MAPS/pbmc3k.tsv" \
     --filter "cell_type_source=Seurat annotation" \
     --merge "$MAPS/merged_t_cells.tsv" --per-type 5 --per-type 20
 
+# across sets that had no part in choosing methods: blood and tumour, normal pancreas and tumour
+evaluate breast_to_pbmc3k "$DATA/breast_immune_spectra_1k.h5ad" --map "$MAPS/breast_immune_spectra_1k.tsv" \
+    --test "$DATA/pbmc3k.h5ad" --test-map "$MAPS/pbmc3k.tsv" \
+    --merge "$MAPS/merged_t_cells.tsv" --per-type 5 --per-type 20
+evaluate pbmc3k_to_breast "$DATA/pbmc3k.h5ad" --map "$MAPS/pbmc3k.tsv" \
+    --test "$DATA/breast_immune_spectra_1k.h5ad" --test-map "$MAPS/breast_immune_spectra_1k.tsv" \
+    --merge "$MAPS/merged_t_cells.tsv" --per-type 5 --per-type 20
+evaluate baron_to_pdac "$DATA/pancreas_baron_h1.h5ad" --map "$MAPS/pancreas_baron_h1.tsv" \
+    --test "$DATA/pdac_moncada_1.9k.h5ad" --test-map "$MAPS/pdac_moncada_1.9k.tsv" --per-type 5 --per-type 20
+evaluate pdac_to_baron "$DATA/pdac_moncada_1.9k.h5ad" --map "$MAPS/pdac_moncada_1.9k.tsv" \
+    --test "$DATA/pancreas_baron_h1.h5ad" --test-map "$MAPS/pancreas_baron_h1.tsv" --per-type 5 --per-type 20
+
 # across donors: three to train on, the fourth to test on, each in turn
 [ -e "$OUT/pancreas_baron.h5ad" ] || "${PYTHON:-python}" "$HERE/merge.py" "$OUT/pancreas_baron.h5ad" \
     "$DATA/pancreas_baron_h1.h5ad:donor" "$DATA/pancreas_baron_h234.h5ad:batch"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from scdiva.baselines.common import components_of, fit_components, log_cp10k, variable_genes
+from scdiva.data.components import components_of, fit_components, log_cp10k, variable_genes
 from scdiva.data.reader import open_counts
 from scdiva.metrics.annotation import annotation_scores
 from scdiva.metrics.integration import Neighbours, ilisi

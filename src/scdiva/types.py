@@ -93,6 +93,24 @@ class CellCounts:
         )
 
 
+def joined(one: CellCounts, other: CellCounts) -> CellCounts:
+    """Return the cells of both, one after the other; each keeps what its file measured.
+
+    Parameters
+    ----------
+    one, other
+        Over the same vocabulary, with the same condition fields.
+    """
+    return CellCounts(
+        counts=sp.csr_matrix(sp.vstack([one.counts, other.counts], format="csr")),
+        library_size=np.concatenate([one.library_size, other.library_size]),
+        cell_index=np.concatenate([one.cell_index, other.cell_index]),
+        source_of_cell=np.concatenate([one.source_of_cell, other.source_of_cell + np.int32(one.is_measured.shape[0])]),
+        is_measured=np.concatenate([one.is_measured, other.is_measured]),
+        condition=np.concatenate([one.condition, other.condition]),
+    )
+
+
 @runtime_checkable
 class CellCollection(Protocol):
     """Cells that can be read by position: one source, or a corpus of several."""

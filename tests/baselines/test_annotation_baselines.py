@@ -9,7 +9,7 @@ import scipy.sparse as sp
 
 import twins
 from scdiva.baselines import annotation as baselines
-from scdiva.baselines.common import log_cp10k, variable_genes
+from scdiva.data.components import log_cp10k, variable_genes
 from scdiva.datasets import synthetic_cells
 from scdiva.errors import ConfigError, UnsupportedError
 

@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from scdiva.models import annotators
-from scdiva.models.annotators import Calibration, Features, Probe, ReferenceIndex, Regression, classes_of
+from scdiva.models.annotators import (
+    Calibration,
+    Features,
+    Probe,
+    ReferenceIndex,
+    Regression,
+    classes_of,
+)
+from scdiva.models.annotators.calibration import log_softmax
+from scdiva.models.annotators.probe import _best_of_each, _kept_part
 from scdiva.types import CellCounts
 
 N_GENES, N_TYPES = 60, 4
@@ -87,7 +95,7 @@ class TestReferenceIndex:
         _, z, code = made(600, 0)
         cells, new, _ = made(60, 1)
         exact = ReferenceIndex.fit(z, code, 3)
-        monkeypatch.setattr(annotators, "_MANY_CELLS", 100)
+        monkeypatch.setattr("scdiva.models.annotators.index._MANY_CELLS", 100)
         rough = ReferenceIndex.fit(z, code, 3)
         assert type(rough._index[0]).__name__ == "NNDescent"
         np.testing.assert_allclose(exact.calls(cells, new).probability, rough.calls(cells, new).probability, atol=0.2)
@@ -247,8 +255,8 @@ class TestAlignment:
 
     def test_all_regressions_move(self, monkeypatch):
         # the geometric mean of three regressions, of which one reads genes
-        monkeypatch.setattr(annotators, "CANDIDATES", (("model", "own", "genes"),))
-        monkeypatch.setattr(annotators, "LATENT_SIZES", (3.0,))
+        monkeypatch.setattr("scdiva.models.annotators.probe.CANDIDATES", (("model", "own", "genes"),))
+        monkeypatch.setattr("scdiva.models.annotators.probe.LATENT_SIZES", (3.0,))
         cells, z, code = made(300, 0)
         probe = Probe.fit(cells, z, code, 3, seed=0)
         query, moved, _ = made(300, 1)
@@ -285,16 +293,16 @@ class TestAlignment:
     def test_what_classes_disagree_on_is_no_shift(self):
         share = np.array([0.5, 0.3, 0.2])
         alike = np.tile([3.0, -1.0], (3, 1))
-        assert annotators._kept_part(alike, share) == pytest.approx(1)
+        assert _kept_part(alike, share) == pytest.approx(1)
         apart = np.array([[2.0, 0.0], [-2.0, 1.0], [-2.0, -1.5]])
-        assert annotators._kept_part(apart, share) == 0
-        assert 0.5 < annotators._kept_part(4 * alike + apart, share) < 1
+        assert _kept_part(apart, share) == 0
+        assert 0.5 < _kept_part(4 * alike + apart, share) < 1
 
 
 def test_the_best_of_each_class_are_taken_and_none_is_lost():
     code = np.array([0, 0, 0, 0, 1, 1, 2])
     probability = np.array([0.9, 0.8, 0.99, 0.7, 0.5, 0.4, 0.34])
-    best = annotators._best_of_each(probability, code, 0.5)
+    best = _best_of_each(probability, code, 0.5)
     assert best.tolist() == [True, False, True, False, True, False, True]
 
 
@@ -319,7 +327,7 @@ class TestRegression:
 class TestCalibration:
     def test_the_temperature_undoes_overconfidence(self):
         rng = np.random.default_rng(0)
-        log_p = annotators._log_softmax(rng.normal(size=(4000, 3)))
+        log_p = log_softmax(rng.normal(size=(4000, 3)))
         code = np.array([rng.choice(3, p=np.exp(row)) for row in log_p])
         fitted = Calibration.fit(3.0 * log_p, np.ones(4000) + rng.random(4000), code)
         assert fitted.temperature == pytest.approx(3.0, rel=0.1)

@@ -7,6 +7,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 
 import scdiva as sd
@@ -33,7 +34,7 @@ def split(_cells) -> tuple[ad.AnnData, ad.AnnData]:
     return _cells[order[:80]].copy(), _cells[order[80:]].copy()
 
 
-@pytest.fixture(scope="module", params=["probe", "reference"])
+@pytest.fixture(scope="module", params=["probe", "reference", "integrate", "consensus"])
 def typer(request, split, tiny_model) -> CellTyper:
     return fit_cell_typer(split[0], tiny_model, "cell_type", method=request.param, query=split[1])
 
@@ -140,8 +141,8 @@ def test_labels_of_the_query_are_not_looked_at(split, tiny_model):
 
 def test_a_saved_annotator_says_the_same(split, bundle, tmp_path):
     model = ScDiVa.from_pretrained(bundle, device="cpu")
-    for method in ("probe", "reference"):
-        typer = fit_cell_typer(split[0], model, "cell_type", method=method)
+    for method in ("probe", "reference", "integrate", "consensus"):
+        typer = fit_cell_typer(split[0], model, "cell_type", method=method, query=split[1])
         typer.save(tmp_path / method)
         again = CellTyper.load(tmp_path / method)
         one, two = (annotate(split[1], model, t) for t in (typer, again))
@@ -198,6 +199,28 @@ def test_cells_without_a_label_are_left_out(split, tiny_model, caplog):
     assert "9 cells without a label" in caplog.text
 
 
+def test_cells_without_counts_are_left_out_of_the_reference(split, tiny_model, caplog):
+    reference = split[0].copy()
+    reference.X = sp.diags_array((np.arange(80) >= 3).astype(np.int32)).dot(reference.X)
+    typer = fit_cell_typer(reference, tiny_model, "cell_type")
+    assert (typer.reference["n_cells"], typer.reference["n_left_out"]) == (77, 3)
+    assert "3 cells without a count" in caplog.text
+
+
+def test_a_consensus_says_who_was_believed(split, tiny_model):
+    typer = fit_cell_typer(split[0], tiny_model, "cell_type", method="consensus", query=split[1])
+    found = annotate(split[1], tiny_model, typer).record
+    assert found["members"] == ["probe", "probe_self_trained", "reference", "integrate"]
+    assert sum(found["member_weights"]) == pytest.approx(1)
+    order = np.argsort(found["member_agreement"])
+    assert (np.diff(np.array(found["member_weights"])[order]) >= 0).all()
+    assert min(found["member_agreement"]) > 0.8
+    # without a look at the query all count alike
+    plain = annotate(split[1], tiny_model, typer, self_training=False).record
+    assert plain["member_weights"] == [0.25] * 4
+    assert plain["member_agreement"] == []
+
+
 class TestWhatCannotBe:
     def refused(self, error: type[ScdivaError], text: str, *arguments, **options) -> None:
         with pytest.raises(error, match=text):
@@ -218,6 +241,26 @@ class TestWhatCannotBe:
 
     def test_an_unknown_method(self, split, tiny_model):
         self.refused(ConfigError, "method='magic'", split[0], tiny_model, "cell_type", method="magic")
+
+    @pytest.mark.parametrize("method", ["integrate", "consensus"])
+    def test_integration_without_a_query(self, split, tiny_model, method):
+        self.refused(ConfigError, "without a query", split[0], tiny_model, "cell_type", method=method)
+
+    def test_neighbours_have_no_weights(self, split, tiny_model):
+        options = {"method": "integrate", "query": split[1], "is_balanced": True}
+        self.refused(ConfigError, "is_balanced", split[0], tiny_model, "cell_type", **options)
+
+    def test_neighbours_do_not_learn_from_a_query(self, split, tiny_model):
+        typer = fit_cell_typer(split[0], tiny_model, "cell_type", method="reference")
+        with pytest.raises(ConfigError, match="self_training with method 'reference'"):
+            annotate(split[1], tiny_model, typer, self_training=True)
+
+    def test_one_class_is_left_when_empty_cells_are_gone(self, split, tiny_model):
+        reference = split[0].copy()
+        kept = str(reference.obs["cell_type"].iloc[0])
+        is_kept = (reference.obs["cell_type"].astype(str) == kept).to_numpy()
+        reference.X = sp.diags_array(is_kept.astype(np.int32)).dot(reference.X)
+        self.refused(SourceError, "1 label", reference, tiny_model, "cell_type")
 
     def test_genes_that_do_not_overlap(self, split, tiny_model):
         one, two = split[0][:, :110].copy(), split[1][:, 90:].copy()
@@ -262,6 +305,29 @@ def test_the_command(split, bundle, cli, tmp_path):
     assert (one.obs["scdiva_cell_type"] == two.obs["scdiva_cell_type"]).all()
     assert cli("annotate", query, out, "--annotator", tmp_path / "typer", "--model", bundle).code == 2
     assert cli("annotate", query, tmp_path / "x.h5ad", "--model", bundle).code == 2
+    assert not (tmp_path / "x.h5ad").exists()
+
+
+def test_the_command_with_another_method(split, bundle, cli, tmp_path):
+    split[0].write_h5ad(tmp_path / "reference.h5ad")
+    split[1].write_h5ad(tmp_path / "query.h5ad")
+    query, out = tmp_path / "query.h5ad", tmp_path / "out.h5ad"
+    given = ("--reference", tmp_path / "reference.h5ad", "--label-key", "cell_type", "--model", bundle)
+    done = cli("annotate", query, out, *given, "--method", "consensus", "--save", tmp_path / "typer")
+    assert done.code == 0, done.err
+    assert "by consensus (probe " in done.out
+    again = cli("annotate", query, tmp_path / "again.h5ad", "--annotator", tmp_path / "typer", "--model", bundle)
+    assert again.code == 0, again.err
+    one, two = (ad.read_h5ad(path) for path in (out, tmp_path / "again.h5ad"))
+    np.testing.assert_array_equal(one.obs["scdiva_confidence"], two.obs["scdiva_confidence"])
+    # what would be ignored is refused
+    for wrong in (
+        (*given, "--method", "reference", "--self-training", "yes"),
+        ("--annotator", tmp_path / "typer", "--model", bundle, "--seed", "3"),
+        (*given, "--method", "integrate", "--balanced"),
+    ):
+        refused = cli("annotate", query, tmp_path / "x.h5ad", *wrong)
+        assert refused.code == 2, refused.out
     assert not (tmp_path / "x.h5ad").exists()
 
 

@@ -272,18 +272,37 @@ class TestChosen:
             task.evaluate_annotation([partial(task.within, cells)], tiny_model, methods=["probe", "chosen"])
 
 
+def test_methods_that_build_on_others_do_not_fit_them_again(cells, tiny_model, monkeypatch):
+    from scdiva.models.annotators import Probe
+
+    fits = []
+    real = Probe.fit
+    monkeypatch.setattr(Probe, "fit", lambda *a, **k: fits.append(1) or real(*a, **k))
+    tasks = [partial(task.within, cells, n_per_type=6)]
+    together = task.evaluate_annotation(
+        tasks, tiny_model, methods=("probe", "probe_self_trained", "integrate", "consensus"), seeds=(0,)
+    )
+    assert len(fits) == 1
+    alone = task.evaluate_annotation(tasks, tiny_model, methods=("consensus",), seeds=(0,))
+    one, two = together.runs[-1], alone.runs[-1]
+    np.testing.assert_array_equal(one.predicted, two.predicted)
+    np.testing.assert_array_equal(one.confidence, two.confidence)
+    # what the parts took is counted, whoever fitted them
+    by_method = {run.method: run for run in together.runs}
+    assert by_method["consensus"].seconds > by_method["integrate"].seconds
+    assert "scDiVa consensus" in together.to_markdown()
+
+
 def test_fine_tuning_is_run_when_it_is_named_and_as_a_user_would(cells, tiny_model, monkeypatch):
     assert not {"finetune", "lora"} & set(task._checked_methods(None))
-    from scdiva.tasks import annotate
-
-    real, asked = annotate.fit_cell_typer, []
+    real, asked = task.fit_cell_typer, []
 
     def fit(reference, model, label_key, *, method, query, seed):
         asked.append((method, reference.n_obs, query.n_obs, seed))
         assert "label" not in query.obs
         return real(reference, model, label_key, method="reference", query=query, seed=seed)
 
-    monkeypatch.setattr(annotate, "fit_cell_typer", fit)
+    monkeypatch.setattr(task, "fit_cell_typer", fit)
     found = task.evaluate_annotation(
         [partial(task.within, cells)], tiny_model, methods=["reference", "lora"], seeds=(3,)
     )

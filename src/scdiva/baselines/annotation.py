@@ -23,7 +23,8 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import ArrayLike, NDArray
 
-from scdiva.baselines.common import components_of, fit_components, log_cp10k, other_package, require, variable_genes
+from scdiva.baselines.common import other_package, require
+from scdiva.data.components import components_of, fit_components, log_cp10k, variable_genes
 from scdiva.errors import ConfigError, UnsupportedError
 
 C = 0.1

@@ -31,8 +31,9 @@ def annotate(
         str,
         typer.Option(
             "--method",
-            help="probe (regressions on the frozen embedding), reference (neighbours), finetune (trains the last "
-            "layers and a head: minutes) or lora (trains adapters and a head: minutes).",
+            help="probe (regressions on the frozen embedding), reference (neighbours), integrate (neighbours, once "
+            "reference and FILE are integrated), consensus (all three, weighted by their agreement: for cells of "
+            "another laboratory), finetune (trains last layers and a head: minutes) or lora (trains adapters).",
         ),
     ] = "probe",
     save: Annotated[Path | None, typer.Option("--save", help="Folder for the fitted annotator.")] = None,
@@ -42,8 +43,8 @@ def annotate(
         str,
         typer.Option(
             "--self-training",
-            help="auto, yes or no: whether a probe looks at the query as a whole: is aligned with it, and (auto: where "
-            "types have few cells) learns on from its own calls.",
+            help="auto, yes or no: whether FILE is looked at as a whole: a probe is aligned with it, a consensus weighs "
+            "its members by it, and (auto: where types have few cells) both learn on from their own calls.",
         ),
     ] = "auto",
     ontology: Annotated[
@@ -86,6 +87,8 @@ def annotate(
     choices = {"auto": "auto", "yes": True, "no": False}
     if self_training not in choices:
         raise typer.BadParameter(f"--self-training {self_training!r} is none of auto, yes, no")
+    if annotator is None and self_training == "yes" and method in ("reference", "finetune", "lora"):
+        raise typer.BadParameter(f"--self-training yes: method {method} does not learn from FILE")
     for name, value, methods in (
         ("--trained-layers", trained_layers, ("finetune",)),
         ("--rank", rank, ("lora",)),
@@ -101,6 +104,7 @@ def annotate(
             "--tissue": tissue is not None,
             "--balanced": balanced,
             "--false-unknown-rate": false_unknown_rate != FALSE_UNKNOWN_RATE,
+            "--seed": seed != 0,
         }
         if ignored := [name for name, is_given in fitted_with.items() if is_given]:
             raise typer.BadParameter(f"{ignored[0]} is for fitting; --annotator is fitted already")
@@ -144,7 +148,7 @@ def annotate(
         fitted.save(save, overwrite=overwrite)
     record = found.record
     training = record["reference"].get("training")
-    what = _trained(training) if training else "+".join(record.get("regressions", [])) or "neighbours"
+    what = _trained(training) if training else _without_training(record)
     typer.echo(
         f"{len(found.label):,} cells annotated with {len(found.classes)} types of {record['reference']['name']} "
         f"({record['reference']['n_cells']:,} cells, {record['reference']['n_genes']:,} genes in both) by "
@@ -164,6 +168,13 @@ def annotate(
     if without:
         typer.echo(f"no Cell Ontology id for: {', '.join(without)} (--ontology 'LABEL=CL:...')")
     typer.echo(f"{out}: .obs['scdiva_cell_type'], 'scdiva_confidence', 'scdiva_ontology_label' and more")
+
+
+def _without_training(record: Mapping[str, Any]) -> str:
+    if "members" in record:
+        shares = zip(record["members"], record["member_weights"], strict=True)
+        return ", ".join(f"{name} {weight:.0%}" for name, weight in shares)
+    return "+".join(record.get("regressions", [])) or "neighbours"
 
 
 def _trained(training: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,23 +31,30 @@ from scdiva.models.annotators import (
     FALSE_UNKNOWN_RATE,
     FEW_FOR_SELF_TRAINING,
     Annotator,
+    Consensus,
     Probe,
     ReferenceIndex,
     classes_of,
 )
+from scdiva.models.annotators.consensus import of_member
 from scdiva.models.base import Embedder
 from scdiva.models.scdiva.finetuned import FineTuned
+from scdiva.models.scdiva.integrated import IntegratedIndex
 from scdiva.models.scdiva.model import ScDiVa
 from scdiva.tasks.embed import embed_cells
 from scdiva.tasks.fine_tuned import FINE_TUNING_METHODS, FineTuning, fit_fine_tuned
+from scdiva.tasks.integrated import fit_integrated
+from scdiva.types import CellCounts
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from scdiva.data.source import DataLike
 
-Method = Literal["reference", "probe", "finetune", "lora"]
-METHODS: tuple[Method, ...] = ("reference", "probe", *FINE_TUNING_METHODS)
+Method = Literal["reference", "probe", "integrate", "consensus", "finetune", "lora"]
+INTEGRATING_METHODS: tuple[Method, ...] = ("integrate", "consensus")
+"""Methods that train an encoder on reference and query, and need both to be fitted."""
+METHODS: tuple[Method, ...] = ("reference", "probe", *INTEGRATING_METHODS, *FINE_TUNING_METHODS)
 CONFIDENCE = 0.5
 """Probability that a cell type, or a common ancestor of several, must reach to be a cell's term."""
 MIN_SHARED_GENES = 100
@@ -55,6 +62,8 @@ _BLOCK = 1024
 _FORMAT = 2
 _UNLABELLED_CELLS = 10_000
 _NOT_SAVED = "not saved"
+_LEARNERS = (Probe, IntegratedIndex, Consensus)
+"""Annotators that adapt to a query."""
 _FILES = frozenset({"annotator.json", "annotator.npz"})
 
 log = logging.getLogger(__name__)
@@ -238,6 +247,12 @@ class CellTyper:
             annotator = ReferenceIndex.from_arrays(arrays, len(head["classes"]))
         elif head["method"] in FINE_TUNING_METHODS:
             annotator = FineTuned.from_arrays(arrays, head["method"])
+        elif head["method"] == "integrate":
+            annotator = IntegratedIndex.from_arrays(arrays, len(head["classes"]))
+        elif head["method"] == "consensus":
+            n_classes = len(head["classes"])
+            integrated = IntegratedIndex.from_arrays(of_member(arrays, "integrated"), n_classes)
+            annotator = Consensus.from_arrays(arrays, n_classes, integrated)
         else:
             annotator = Probe.from_arrays(arrays)
         return cls(annotator, tuple(head["classes"]), tuple(head["class_ids"]), arrays["is_shared"], head["reference"])
@@ -328,11 +343,14 @@ def fit_cell_typer(
     label_key
         Column of ``.obs``.
     method
-        "reference" (nearest neighbours, nothing is trained), "probe" (regressions on the frozen embedding), "finetune"
-        (the last layers of the trunk and a head are trained) or "lora" (adapters on all layers, and a head).
+        "reference" (nearest neighbours, nothing is trained), "probe" (regressions on the frozen embedding), "integrate"
+        (neighbours in an embedding that is integrated over reference and query, without labels), "consensus" (probe,
+        neighbours and integrated neighbours, weighted by their agreement on the query), "finetune" (the last layers of
+        the trunk and a head are trained) or "lora" (adapters on all layers, and a head).
     query
         Cells that will be annotated: the genes that they do not measure are not used, and components are fitted to them
-        as well (probe, finetune, lora). Their labels, if they have any, are not looked at.
+        as well (all methods but "reference"). "integrate" and "consensus" need them. Labels, if they have any, are not
+        looked at.
     layer
         Where the counts of the reference are; found if left out.
     query_layer
@@ -360,9 +378,10 @@ def fit_cell_typer(
     KeyNotFoundError, ScaleError
         The data cannot be used.
     ConfigError
-        An unknown method, or settings that are not of the method.
+        An unknown method, settings that are not of the method, or no query where the method needs one.
     UnsupportedError
-        A model to fine-tune that is not native or has no trunk; raised before anything is read.
+        A model to fine-tune that is not native or has no trunk (raised before anything is read), or one to integrate
+        with that is not native.
     TrainingError, NonFiniteLossError
         See :func:`scdiva.training.fit`.
     """
@@ -371,6 +390,7 @@ def fit_cell_typer(
     if not 0 < false_unknown_rate < 1:
         raise ConfigError(f"false_unknown_rate={false_unknown_rate}", expected="between 0 and 1", fix="leave it out")
     options = _fine_tuning(method, fine_tuning, model)
+    _refuse_integration(method, query, is_balanced=is_balanced)
     source = open_source(reference)
     reader = open_counts(source, model.vocabulary, layer=layer)
     rows, labels = _labelled(source.column(label_key), source.name, label_key)
@@ -380,11 +400,18 @@ def fit_cell_typer(
         other = open_counts(open_source(query), model.vocabulary, layer=query_layer)
         is_shared &= other.alignment.is_measured
         _refuse_few_genes(is_shared, source.name, other.source.name)
-        if method == "probe" or (options is not None and options.with_components):
+        if method == "probe" or method in INTEGRATING_METHODS or (options is not None and options.with_components):
             some = np.sort(np.random.default_rng([seed, 3]).permutation(len(other))[:_UNLABELLED_CELLS])
             cells = other.read(some).with_genes(is_shared)
             unlabelled = (cells, embed_cells(model, cells))
     cells = reader.read(rows).with_genes(is_shared)
+    is_empty = np.diff(cells.counts.indptr) == 0
+    if is_empty.any():
+        log.warning("%s: %d cells without a count in the genes that are compared are left out", source.name,
+                    int(is_empty.sum()))  # fmt: skip
+        rows, cells = rows[~is_empty], cells.take(np.flatnonzero(~is_empty))
+        labels = [label for label, empty in zip(labels, is_empty, strict=True) if not empty]
+        _refuse_one_class(labels, source.name, label_key)
     classes, code = classes_of(labels)
     annotator: Annotator | FineTuned
     training: dict[str, Any] = {}
@@ -403,19 +430,19 @@ def fit_cell_typer(
             seed=seed,
             unlabelled=unlabelled,
         )
-    elif method == "reference":
-        z = embed_cells(model, cells)
-        annotator = ReferenceIndex.fit(z, code, len(classes), false_unknown_rate=false_unknown_rate)
     else:
-        annotator = Probe.fit(
+        annotator = fit_annotator(
+            method,
             cells,
             embed_cells(model, cells),
             code,
             len(classes),
+            model,
+            unlabelled=unlabelled,
             seed=seed,
             is_balanced=is_balanced,
             false_unknown_rate=false_unknown_rate,
-            unlabelled=unlabelled,
+            name=source.name,
         )
     matches = match_labels(list(classes), dict(ontology) if ontology else None, tissue=tissue)
     record = {
@@ -437,6 +464,113 @@ def fit_cell_typer(
     if training:
         record["training"] = training
     return CellTyper(annotator, classes, tuple(matches.id_of.get(name, "") for name in classes), is_shared, record)
+
+
+def fit_annotator(
+    method: Method,
+    cells: CellCounts,
+    z: NDArray[np.float32],
+    code: NDArray[np.integer],
+    n_classes: int,
+    model: Embedder,
+    *,
+    unlabelled: tuple[CellCounts, NDArray[np.float32]] | None,
+    seed: int,
+    is_balanced: bool = False,
+    false_unknown_rate: float = FALSE_UNKNOWN_RATE,
+    name: str = "the reference",
+    fitted: MutableMapping[str, Any] | None = None,
+) -> Annotator:
+    """Fit an annotator to cells in memory, by a method that does not train the network.
+
+    Parameters
+    ----------
+    method
+        "reference", "probe", "integrate" or "consensus".
+    cells, z
+        The reference, over the genes that are to be compared, and its embedding.
+    code, n_classes
+        Classes, and their number.
+    model
+        The model that made ``z``.
+    unlabelled
+        Cells of the query, over the same genes, and their embedding.
+    seed, is_balanced, false_unknown_rate
+        As in :func:`fit_cell_typer`.
+    name
+        Of the reference, for messages.
+    fitted
+        Annotators that were fitted to these cells already, by method: they are used again, and new ones are added.
+
+    Raises
+    ------
+    UnsupportedError, GeneError, TrainingError, NonFiniteLossError
+        See :func:`scdiva.tasks.integrated.fit_integrated`.
+    """
+    done = {} if fitted is None else fitted
+
+    def part(wanted: str) -> Any:
+        if wanted not in done:
+            done[wanted] = _fit_one(
+                wanted,
+                cells,
+                z,
+                code,
+                n_classes,
+                model,
+                unlabelled=unlabelled,
+                seed=seed,
+                is_balanced=is_balanced,
+                false_unknown_rate=false_unknown_rate,
+                name=name,
+            )
+        return done[wanted]
+
+    if method == "consensus":
+        probe, index, integrated = (part(wanted) for wanted in ("probe", "reference", "integrate"))
+        return Consensus.fit(probe, index, integrated, code, false_unknown_rate=false_unknown_rate)
+    found: Annotator = part(method)
+    return found
+
+
+def _fit_one(
+    method: str,
+    cells: CellCounts,
+    z: NDArray[np.float32],
+    code: NDArray[np.integer],
+    n_classes: int,
+    model: Embedder,
+    *,
+    unlabelled: tuple[CellCounts, NDArray[np.float32]] | None,
+    seed: int,
+    is_balanced: bool,
+    false_unknown_rate: float,
+    name: str,
+) -> Annotator:
+    if method == "reference":
+        return ReferenceIndex.fit(z, code, n_classes, false_unknown_rate=false_unknown_rate)
+    if method == "integrate":
+        assert unlabelled is not None  # fit_cell_typer refuses otherwise
+        return fit_integrated(
+            cells,
+            unlabelled[0],
+            code,
+            n_classes,
+            model,
+            seed=seed,
+            false_unknown_rate=false_unknown_rate,
+            name=f"{name} and the query",
+        )
+    return Probe.fit(
+        cells,
+        z,
+        code,
+        n_classes,
+        seed=seed,
+        is_balanced=is_balanced,
+        false_unknown_rate=false_unknown_rate,
+        unlabelled=unlabelled,
+    )
 
 
 def annotate(
@@ -462,9 +596,10 @@ def annotate(
     layer
         Where the counts are; found if left out.
     self_training
-        What a probe learns from the query, of up to 10,000 cells. "auto": it is aligned with them (they may be of
-        another laboratory), and where the reference has fewer than 20 cells per class (median), it goes on to learn
-        from its own calls. True: both. False: nothing, and the call of a cell does not depend on other cells.
+        What an annotator learns from the query, of up to 10,000 cells. "auto": a probe is aligned with them (they may
+        be of another laboratory), a consensus weighs its members by their agreement on them, and where the reference
+        has fewer than 20 cells per class (median), a probe or integrated neighbours go on to learn from their own
+        calls. True: both. False: nothing, and the call of a cell does not depend on other cells.
     confidence
         Probability that an ontology term must reach.
     on_block
@@ -474,6 +609,8 @@ def annotate(
     ------
     BundleError
         The model is another one than the typer was fitted with.
+    ConfigError
+        ``self_training=True`` with a method that cannot learn from a query.
     GeneError
         The query measures too few of the typer's genes.
     SourceError, ScaleError, KeyNotFoundError
@@ -490,11 +627,10 @@ def annotate(
     _refuse_few_genes(is_used, str(typer.reference["name"]), reader.source.name)
     annotator = typer.annotator.on(model) if isinstance(typer.annotator, FineTuned) else typer.annotator
     is_self_trained, fitted = _is_self_trained(self_training, typer), annotator
-    if isinstance(annotator, Probe) and self_training is not False:
+    if isinstance(annotator, _LEARNERS) and self_training is not False:
         rows = np.sort(np.random.default_rng(0).permutation(len(reader))[:_UNLABELLED_CELLS])
         cells = reader.read(rows).with_genes(typer.is_shared)
-        z = embed_cells(model, cells)
-        annotator = annotator.self_trained(cells, z) if is_self_trained else annotator.aligned(cells, z)
+        annotator = annotator.adapted(cells, embed_cells(model, cells), learns=is_self_trained)
     probability = np.empty((len(reader), len(typer.classes)), dtype=np.float32)
     novelty = np.empty(len(reader), dtype=np.float32)
     start = n_empty = 0
@@ -527,10 +663,13 @@ def annotate(
         "counts_in": reader.found.description,
         **model.provenance,
     }
-    if isinstance(annotator, Probe):
-        record["regressions"] = list(annotator.regressions)
-        record["latent_size"] = annotator.features.latent_size
-        record["moved"] = annotator is not fitted
+    if isinstance(annotator, Consensus):
+        record |= _consensus_record(annotator)
+    probes = [one.probe if isinstance(one, Consensus) else one for one in (annotator, fitted)]
+    if isinstance(probes[0], Probe):
+        record["regressions"] = list(probes[0].regressions)
+        record["latent_size"] = probes[0].features.latent_size
+        record["moved"] = probes[0] is not probes[1]
     return Annotation(
         typer.classes, probability, novelty, annotator.calibration.threshold, typer.class_ids, record, confidence
     )
@@ -551,8 +690,40 @@ def _fine_tuning(method: Method, given: FineTuning | None, model: Embedder) -> F
     return None
 
 
+def _refuse_integration(method: Method, query: DataLike | None, *, is_balanced: bool) -> None:
+    if method not in INTEGRATING_METHODS:
+        return
+    if query is None:
+        raise ConfigError(
+            f"method {method!r} without a query",
+            expected="query=...: an encoder is trained on both sides",
+            fix="give the cells that are to be annotated, or use 'probe'",
+        )
+    if is_balanced and method == "integrate":
+        raise ConfigError(
+            "is_balanced with method 'integrate'",
+            expected="probe, consensus, finetune or lora: neighbours have no weights",
+            fix="leave it out",
+        )
+
+
+def _consensus_record(consensus: Consensus) -> dict[str, Any]:
+    names = ["probe", "probe_self_trained", "reference", "integrate"]
+    return {
+        "members": names,
+        "member_weights": consensus.weight.tolist(),
+        "member_agreement": consensus.agreement.tolist(),
+    }
+
+
 def _is_self_trained(wanted: bool | Literal["auto"], typer: CellTyper) -> bool:
-    if not isinstance(typer.annotator, Probe):
+    if not isinstance(typer.annotator, _LEARNERS):
+        if wanted is True:
+            raise ConfigError(
+                f"self_training with method {typer.annotator.method!r}",
+                expected="a probe, integrated neighbours or a consensus: others do not learn from a query",
+                fix="leave it out",
+            )
         return False
     if wanted != "auto":
         return wanted
@@ -563,17 +734,21 @@ def _labelled(column: Any, name: str, key: str) -> tuple[NDArray[np.int64], list
     labels = np.array([label_text(value) for value in column], dtype=str)
     kinds, inverse = np.unique(labels, return_inverse=True)
     rows = np.flatnonzero(~np.array([is_missing(kind) for kind in kinds])[inverse])
-    found = np.unique(labels[rows])
-    if found.size < 2:
-        raise SourceError(
-            f".obs[{key!r}] of {name} holds {found.size} label{'s' if found.size != 1 else ''}"
-            + (f" ({found[0]})" if found.size else ""),
-            expected="at least two cell types",
-            fix="name another column, or give another reference",
-        )
+    _refuse_one_class(labels[rows].tolist(), name, key)
     if rows.size < labels.size:
         log.warning("%s: %d cells without a label in .obs[%r] are left out", name, labels.size - rows.size, key)
     return rows, labels[rows].tolist()
+
+
+def _refuse_one_class(labels: Sequence[str], name: str, key: str) -> None:
+    found = sorted(set(labels))
+    if len(found) < 2:
+        raise SourceError(
+            f".obs[{key!r}] of {name} holds {len(found)} label{'s' if len(found) != 1 else ''}"
+            + (f" ({found[0]})" if found else ""),
+            expected="at least two cell types, of cells with counts",
+            fix="name another column, or give another reference",
+        )
 
 
 def _refuse_few_genes(is_shared: NDArray[np.bool_], reference: str, query: str) -> None:

@@ -23,21 +23,24 @@ from scdiva.tasks.evaluation_rows import write_report
 from scdiva.tasks.open_set import OpenSetReport
 
 NULL = "shuffled"
-OURS = ("probe", "probe_self_trained", "reference")
+OURS = ("probe", "probe_self_trained", "reference", "integrate", "consensus")
 FINE_TUNED = ("lora", "finetune")
 """Methods that train the network: minutes for each run, so they are run only when they are asked for."""
 CHOSEN = "chosen"
 """Whichever of our methods is best on training cells that it is validated on."""
 OURS_AND_CHOSEN = (*OURS, *FINE_TUNED, CHOSEN)
-TRANSDUCTIVE = ("probe", "probe_self_trained", "logistic_pca_of_all")
-"""Methods whose components are fitted to held-out cells, too; without their labels."""
+TRANSDUCTIVE = ("probe", "probe_self_trained", "integrate", "consensus", "logistic_pca_of_all")
+"""Methods that are fitted to held-out cells, too; without their labels."""
 METHODS = (*OURS_AND_CHOSEN, *baselines.BASELINES)
 SIMPLICITY = ("reference", "probe", "probe_self_trained", "lora", "finetune")
-"""Our methods, the simplest first: the order in which ties are broken."""
+"""What "chosen" chooses from, the simplest first: the order in which ties are broken. Methods that are for another
+laboratory's cells are not among them: cells of the reference's own cannot tell what they are worth."""
 TITLES = {
     "probe": "scDiVa probe",
     "probe_self_trained": "scDiVa probe, self-trained",
     "reference": "scDiVa neighbours",
+    "integrate": "scDiVa neighbours, integrated",
+    "consensus": "scDiVa consensus",
     "lora": "scDiVa, low-rank fine-tuning",
     "finetune": "scDiVa, fine-tuned",
     CHOSEN: "scDiVa, chosen on validation",

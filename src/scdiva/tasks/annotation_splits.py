@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
-import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from scdiva.data.conditions import is_missing, label_text
@@ -17,6 +16,7 @@ from scdiva.data.source import open_source
 from scdiva.errors import ConfigError, KeyNotFoundError, SourceError
 from scdiva.models.base import Embedder
 from scdiva.types import CellCounts
+from scdiva.types import joined as joined_cells
 
 if TYPE_CHECKING:
     from scdiva.data.source import CellSource, DataLike
@@ -323,20 +323,9 @@ def leave_one_group_out(
 
 def joined(one: LabelledCounts, other: LabelledCounts) -> LabelledCounts:
     """Return the cells of both, one after the other."""
-    first, second = one.cells, other.cells
-    cells = CellCounts(
-        counts=sp.csr_matrix(sp.vstack([first.counts, second.counts], format="csr")),
-        library_size=np.concatenate([first.library_size, second.library_size]),
-        cell_index=np.concatenate([first.cell_index, second.cell_index]),
-        source_of_cell=np.concatenate(
-            [first.source_of_cell, second.source_of_cell + np.int32(first.is_measured.shape[0])]
-        ),
-        is_measured=np.concatenate([first.is_measured, second.is_measured]),
-        condition=np.concatenate([first.condition, second.condition]),
-    )
     return replace(
         one,
-        cells=cells,
+        cells=joined_cells(one.cells, other.cells),
         label=np.concatenate([one.label, other.label]),
         group=np.concatenate([one.group, other.group]),
         notes=tuple(dict.fromkeys((*one.notes, *other.notes))),

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from scdiva.baselines import annotation as baselines
 from scdiva.errors import ConfigError, ScdivaError
 from scdiva.metrics import annotation as metrics
-from scdiva.models.annotators import Calls, Probe, ReferenceIndex
+from scdiva.models.annotators import FEW_FOR_SELF_TRAINING, Calls
 from scdiva.models.base import Embedder
 from scdiva.tasks import open_set
+from scdiva.tasks.annotate import CellTyper, annotate, fit_annotator, fit_cell_typer
 from scdiva.tasks.annotation_report import (
     CHOSEN,
     FINE_TUNED,
@@ -76,7 +77,11 @@ VALIDATION_FOLDS = 4
 FEW_FOR_VALIDATION = 20
 """Median cells per type below which each of three folds is validated on: one has too few cells to choose by."""
 _FEW_FOLDS = 3
+_PARTS = {"probe_self_trained": ("probe",), "consensus": ("probe", "reference", "integrate")}
+"""What methods are built of."""
 _FORMAT = 1
+_OUR_VERSION = 2
+"""Of our methods: rows of an earlier one are of other code, and are not used again."""
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +205,8 @@ def _standard_notes(methods: Sequence[str], has_open_set: bool) -> list[str]:
         notes.append(
             "Chosen on validation: by macro-F1 on a quarter of the training cells (all of them, in three folds, where "
             f"types have fewer than {FEW_FOR_VALIDATION} cells), ties to the simpler method; labels of held-out cells "
-            "are not looked at. It cannot see what another set or donor changes."
+            "are not looked at. It cannot see what another set or donor changes, and does not choose methods that are "
+            "for that (integrated neighbours, consensus)."
         )
     if has_open_set:
         seen = [open_set.TITLES[name] for name in open_set.TRANSDUCTIVE]
@@ -240,10 +246,10 @@ def _checked_methods(methods: Sequence[str] | None) -> tuple[str, ...]:
             expected=f"some of {', '.join(METHODS)}",
             fix="correct the name",
         )
-    if CHOSEN in methods and len(set(methods) & {*OURS, *FINE_TUNED}) < 2:
+    if CHOSEN in methods and len(set(methods) & set(SIMPLICITY)) < 2:
         raise ConfigError(
             f"{CHOSEN!r} with fewer than two methods to choose from",
-            expected=f"two of {', '.join((*OURS, *FINE_TUNED))}",
+            expected=f"two of {', '.join(SIMPLICITY)}",
             fix="name them as well",
         )
     if "celltypist" in methods:
@@ -277,10 +283,13 @@ def _runs_of(
     """Run methods on one split, or take what is known; "chosen" comes after those that it chooses from."""
     content, model_hash = task.digest(), str(model.provenance["model_hash"])
     embedded: list[_Embedded] = []
+    fitted = _Fitted()
     done: dict[str, Run] = {}
     candidates = tuple(name for name in SIMPLICITY if name in methods)
     for method in methods:
         asked: list[Any] = [_FORMAT, content, method, seed, model_hash]
+        if method in (*OURS, CHOSEN):
+            asked.append(_OUR_VERSION)
         if method == CHOSEN:
             asked.append(candidates)
         key = row_key(*asked)
@@ -291,7 +300,7 @@ def _runs_of(
             if method == CHOSEN:
                 run = _chosen_run({name: done[name] for name in candidates}, task, model, embedded[0], seed, key)
             else:
-                run = _run(task, method, seed, key, model, embedded)
+                run = _run(task, method, seed, key, model, embedded, fitted)
             if rows_path is not None:
                 append_row(rows_path, run.to_dict())
         # rows of an older version do not say which kind of split they are of
@@ -300,7 +309,27 @@ def _runs_of(
         yield run
 
 
-def _run(task: Task, method: str, seed: int, key: str, model: Embedder, embedded: Sequence[_Embedded]) -> Run:
+@dataclass(slots=True)
+class _Fitted:
+    """Annotators of one split: methods that build on others do not fit them again. Seconds that each took."""
+
+    annotators: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def seconds_of(self, method: str) -> float:
+        """Return what the parts of a method took that were fitted for another one."""
+        return sum(self.seconds.get(part, 0.0) for part in _PARTS.get(method, ()))
+
+
+def _run(
+    task: Task,
+    method: str,
+    seed: int,
+    key: str,
+    model: Embedder,
+    embedded: Sequence[_Embedded],
+    fitted: _Fitted,
+) -> Run:
     started = time.perf_counter()
     spent = 0.0
     if method in baselines.BASELINES:
@@ -310,10 +339,12 @@ def _run(task: Task, method: str, seed: int, key: str, model: Embedder, embedded
         classes, probability = found.classes, found.probabilities
     else:
         z = embedded[0]
-        annotator = _fit(method, task.train, z.train, (task.test.cells, z.test), model, seed)
+        known = fitted.seconds_of(method)
+        annotator = _fit(method, task.train, z.train, (task.test.cells, z.test), model, seed, fitted.annotators)
+        fitted.seconds[method] = time.perf_counter() - started
         classes = np.unique(task.train.label)
         probability = annotator.calls(task.test.cells, z.test).probability.astype(np.float64)
-        spent = z.seconds
+        spent = z.seconds + known
     seconds = time.perf_counter() - started + spent
     predicted = np.asarray(classes)[probability.argmax(axis=1)]
     scored = metrics.annotation_scores(task.test.label, predicted, probability, classes)
@@ -349,16 +380,33 @@ def _fit(
     unlabelled: tuple[CellCounts, NDArray[np.float32]],
     model: Embedder,
     seed: int,
+    fitted: MutableMapping[str, Any] | None = None,
 ) -> _Annotator:
-    """Fit one of our methods to labelled cells; ``unlabelled`` are the cells that will be annotated."""
+    """Fit one of our methods to labelled cells; ``unlabelled`` are the cells that will be annotated.
+
+    ``fitted`` holds annotators of the same split by method: they are used again, and new ones are added.
+    """
     if method in FINE_TUNED:
         return _fine_tuned(method, train, unlabelled[0], model, seed)
     classes, code = np.unique(train.label, return_inverse=True)
-    if method == "reference":
-        return ReferenceIndex.fit(z, code, classes.size)
-    probe = Probe.fit(train.cells, z, code, classes.size, seed=seed, unlabelled=unlabelled)
-    # aligned with the cells to annotate, as annotate does
-    return probe.self_trained(*unlabelled) if method == "probe_self_trained" else probe.aligned(*unlabelled)
+    # as annotate does: everything that can be is adapted to the cells to annotate; only where it is asked for by name,
+    # or where types have few cells, does it go on to learn from its own calls
+    name: Any = "probe" if method == "probe_self_trained" else method
+    annotator = fit_annotator(
+        name,
+        train.cells,
+        z,
+        code,
+        classes.size,
+        model,
+        unlabelled=unlabelled,
+        seed=seed,
+        fitted=fitted,
+        name=train.name,
+    )
+    has_few = float(np.median(np.bincount(code))) < FEW_FOR_SELF_TRAINING
+    learns = method == "probe_self_trained" or (method != "probe" and has_few)
+    return annotator.adapted(*unlabelled, learns=learns)
 
 
 def _chosen_run(runs: Mapping[str, Run], task: Task, model: Embedder, z: _Embedded, seed: int, key: str) -> Run:
@@ -418,8 +466,6 @@ def _fine_tuned(method: str, train: LabelledCounts, test: CellCounts, model: Emb
     ConfigError
         ``fit_cell_typer`` knows no such method.
     """
-    from scdiva.tasks.annotate import CellTyper, annotate, fit_cell_typer
-
     as_method: Any = method
 
     @dataclass(frozen=True, slots=True)

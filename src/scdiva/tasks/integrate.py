@@ -21,8 +21,8 @@ import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 
-from scdiva.baselines.common import fit_components, log_cp10k, variable_genes
 from scdiva.config import IntegrationConfig, LoopConfig, NativeConfig
+from scdiva.data.components import fit_components, log_cp10k, variable_genes
 from scdiva.data.conditions import column_text, is_missing, refuse_missing_batches
 from scdiva.data.reader import open_counts
 from scdiva.data.source import open_source
@@ -163,6 +163,7 @@ def integrate_cells(
     seed: int = 0,
     progress: bool = False,
     name: str = "the cells",
+    warns_of_absent_genes: bool = True,
 ) -> Integrated:
     """Integrate batches of cells that are in memory.
 
@@ -190,6 +191,9 @@ def integrate_cells(
         Show a progress bar on a terminal.
     name
         Of the data, for messages and the model card.
+    warns_of_absent_genes
+        Say which batches lack genes that the others make one expect: a file that was joined from others may hold zeros
+        for genes that were not measured.
 
     Raises
     ------
@@ -224,7 +228,8 @@ def integrate_cells(
         confounding = found.sentence
         log.info("%s: %s", name, confounding)
     cells, small, n_dropped = _shared_genes(cells, model, name)
-    _warn_of_absent_genes(cells, code, batches, name)
+    if warns_of_absent_genes:
+        _warn_of_absent_genes(cells, code, batches, name)
     rows = _some_of_each_batch(code, seed)
     rows = rows[np.diff(cells.counts.indptr)[rows] > 0]
     n_empty = int((np.diff(cells.counts.indptr) == 0).sum())

@@ -18,7 +18,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from scdiva.baselines.annotation import MAX_ITERATIONS, N_NEIGHBOURS, C
-from scdiva.baselines.common import components_of, fit_components, log_cp10k, variable_genes
+from scdiva.data.components import components_of, fit_components, log_cp10k, variable_genes
 from scdiva.errors import ScdivaError, SourceError
 from scdiva.metrics.annotation import N_DRAWS, Interval, open_set_auroc
 from scdiva.models.annotators import FALSE_UNKNOWN_RATE, Probe, ReferenceIndex

@@ -188,6 +188,10 @@ class FineTunedOnModel:
         """Annotate cells, given with their embedding."""
         return self.calibration.calls(*self.said(cells, z))
 
+    def adapted(self, cells: CellCounts, z: NDArray[np.float32], *, learns: bool) -> Self:
+        """Return the annotator itself: a fine-tuned network does not adapt to a query."""
+        return self
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return what is saved."""
         return self.annotator.arrays()
