@@ -188,6 +188,38 @@ def test_two_references_in_one_index(split, tiny_model):
         one.extended(fit_cell_typer(split[0], tiny_model, "cell_type", method="probe"))
 
 
+def test_an_index_is_extended_over_its_own_genes(split, tiny_model):
+    first, second = split[0][:40, :150].copy(), split[0][40:].copy()
+    one = fit_cell_typer(first, tiny_model, "cell_type", method="reference")
+    both = fit_cell_typer(second, tiny_model, "cell_type", method="reference", extend=one)
+    assert both.reference["n_cells"] == 80
+    assert both.reference["n_genes"] == one.reference["n_genes"] < 170
+    assert sum(both.reference["cells_per_class"]) == 80
+    assert both.reference["held_out"]["n_cells"] == 80
+    whole = fit_cell_typer(split[0][:, :150].copy(), tiny_model, "cell_type", method="reference")
+    np.testing.assert_allclose(
+        annotate(split[1], tiny_model, both).probability, annotate(split[1], tiny_model, whole).probability, atol=1e-4
+    )
+    # a reference without some of these genes cannot join
+    with pytest.raises(GeneError, match=r"does not measure \d+ of the \d+ genes of the index"):
+        fit_cell_typer(split[0][40:, 20:].copy(), tiny_model, "cell_type", method="reference", extend=one)
+    with pytest.raises(ConfigError, match="extend with method 'probe'"):
+        fit_cell_typer(second, tiny_model, "cell_type", extend=one)
+
+
+def test_scores_on_the_reference_are_of_cells_that_had_no_part(split, tiny_model, typer):
+    found = typer.reference["held_out"]
+    assert found["n_cells"] == 80
+    assert 0.8 < found["macro_f1"] <= 1
+    assert 0 <= found["calibration_error"] < 0.2
+    # of labels that say nothing they are no better than chance
+    rng = np.random.default_rng(0)
+    reference = split[0].copy()
+    reference.obs["cell_type"] = rng.permutation(reference.obs["cell_type"].astype(str).to_numpy())
+    again = fit_cell_typer(reference, tiny_model, "cell_type", method=typer.annotator.method, query=split[1])
+    assert again.reference["held_out"]["accuracy"] < 0.6
+
+
 def test_cells_without_a_label_are_left_out(split, tiny_model, caplog):
     reference = split[0].copy()
     labels = reference.obs["cell_type"].astype(object).to_numpy()
@@ -325,10 +357,26 @@ def test_the_command_with_another_method(split, bundle, cli, tmp_path):
         (*given, "--method", "reference", "--self-training", "yes"),
         ("--annotator", tmp_path / "typer", "--model", bundle, "--seed", "3"),
         (*given, "--method", "integrate", "--balanced"),
+        (*given, "--extend", tmp_path / "typer"),
     ):
         refused = cli("annotate", query, tmp_path / "x.h5ad", *wrong)
         assert refused.code == 2, refused.out
     assert not (tmp_path / "x.h5ad").exists()
+
+
+def test_an_index_is_saved_and_extended_by_command(split, bundle, cli, tmp_path):
+    for name, cells in (("one", split[0][:40]), ("two", split[0][40:]), ("query", split[1])):
+        cells.copy().write_h5ad(tmp_path / f"{name}.h5ad")
+    given = ("--label-key", "cell_type", "--model", bundle, "--method", "reference")
+    query, index = tmp_path / "query.h5ad", tmp_path / "index"
+    first = cli("annotate", query, tmp_path / "a.h5ad", "--reference", tmp_path / "one.h5ad", *given, "--save", index)
+    assert first.code == 0, first.err
+    more = ("--reference", tmp_path / "two.h5ad", "--extend", index, "--save", tmp_path / "both")
+    second = cli("annotate", query, tmp_path / "b.h5ad", *more, *given)
+    assert second.code == 0, second.err
+    assert "80 cells" in second.out
+    assert "calibration error" in second.out
+    assert CellTyper.load(tmp_path / "both").reference["n_cells"] == 80
 
 
 QUICK = FineTuning(epochs=2, batch_size=16)

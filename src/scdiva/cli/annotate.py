@@ -37,14 +37,18 @@ def annotate(
         ),
     ] = "probe",
     save: Annotated[Path | None, typer.Option("--save", help="Folder for the fitted annotator.")] = None,
+    extend: Annotated[
+        Path | None,
+        typer.Option("--extend", help="Add the reference to this saved index (--method reference); --save keeps both."),
+    ] = None,
     model: ModelOption = DEFAULT_MODEL,
     layer: LayerOption = None,
     self_training: Annotated[
         str,
         typer.Option(
             "--self-training",
-            help="auto, yes or no: whether FILE is looked at as a whole: a probe is aligned with it, a consensus weighs "
-            "its members by it, and (auto: where types have few cells) both learn on from their own calls.",
+            help="auto, yes or no: whether FILE is looked at as a whole: a probe is aligned with it, a consensus "
+            "weighed by it, and both (auto: where types have few cells) learn from their own calls.",
         ),
     ] = "auto",
     ontology: Annotated[
@@ -87,6 +91,8 @@ def annotate(
     choices = {"auto": "auto", "yes": True, "no": False}
     if self_training not in choices:
         raise typer.BadParameter(f"--self-training {self_training!r} is none of auto, yes, no")
+    if extend is not None and method != "reference":
+        raise typer.BadParameter("--extend belongs to --method reference")
     if annotator is None and self_training == "yes" and method in ("reference", "finetune", "lora"):
         raise typer.BadParameter(f"--self-training yes: method {method} does not learn from FILE")
     for name, value, methods in (
@@ -105,6 +111,7 @@ def annotate(
             "--balanced": balanced,
             "--false-unknown-rate": false_unknown_rate != FALSE_UNKNOWN_RATE,
             "--seed": seed != 0,
+            "--extend": extend is not None,
         }
         if ignored := [name for name, is_given in fitted_with.items() if is_given]:
             raise typer.BadParameter(f"{ignored[0]} is for fitting; --annotator is fitted already")
@@ -122,6 +129,7 @@ def annotate(
     options: dict[str, Any] = {}
     if annotator is None:
         options = {
+            "extend": None if extend is None else CellTyper.load(extend),
             "ontology": ids,
             "tissue": tissue,
             "is_balanced": balanced,
@@ -157,6 +165,11 @@ def annotate(
     if training:
         for line in _training(training):
             typer.echo(line)
+    if held_out := record["reference"].get("held_out"):
+        typer.echo(
+            f"cells of the reference, each judged without itself: accuracy {held_out['accuracy']:.3f}, macro-F1 "
+            f"{held_out['macro_f1']:.3f}, calibration error {held_out['calibration_error']:.3f}"
+        )
     for label, n in Counter(found.label.tolist()).most_common():
         mean = float(found.confidence[found.label == label].mean())
         typer.echo(f"  {n:>8,}  {label}  (mean confidence {mean:.2f})")

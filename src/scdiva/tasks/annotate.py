@@ -27,11 +27,13 @@ from scdiva.data.population import read_arrays
 from scdiva.data.reader import open_counts
 from scdiva.data.source import open_source
 from scdiva.errors import BundleError, ConfigError, GeneError, OutputError, SourceError
+from scdiva.metrics.annotation import annotation_scores, expected_calibration_error
 from scdiva.models.annotators import (
     FALSE_UNKNOWN_RATE,
     FEW_FOR_SELF_TRAINING,
     Annotator,
     Consensus,
+    HeldOut,
     Probe,
     ReferenceIndex,
     classes_of,
@@ -284,13 +286,21 @@ class CellTyper:
             np.array([classes.index(name) for name in typer.classes], dtype=np.int32)[index.code]
             for typer, index in ((self, one), (other, two))
         ]
-        ids = {
-            **dict(zip(other.classes, other.class_ids, strict=True)),
-            **dict(zip(self.classes, self.class_ids, strict=True)),
-        }
-        merged = ReferenceIndex.fit(np.concatenate([one.z, two.z]), np.concatenate(code), len(classes))
+        # a label that one side could not place may have an id on the other; the first one's go first
+        ids = dict.fromkeys(classes, "")
+        for typer in (other, self):
+            ids |= {name: found for name, found in zip(typer.classes, typer.class_ids, strict=True) if found}
+        rate = float(self.reference["false_unknown_rate"])
+        codes = np.concatenate(code)
+        merged = ReferenceIndex.fit(np.concatenate([one.z, two.z]), codes, len(classes), false_unknown_rate=rate)
         reference = {**self.reference, "name": f"{self.reference['name']} + {other.reference['name']}"}
         reference["n_cells"] = int(self.reference["n_cells"]) + int(other.reference["n_cells"])
+        reference["n_left_out"] = int(self.reference["n_left_out"]) + int(other.reference["n_left_out"])
+        reference["classes"] = list(classes)
+        reference["cells_per_class"] = np.bincount(codes, minlength=len(classes)).tolist()
+        without = {*self.reference["labels_without_ontology_id"], *other.reference["labels_without_ontology_id"]}
+        reference["labels_without_ontology_id"] = sorted(name for name in without if not ids[name])
+        reference["held_out"] = _held_out_scores(merged, codes, classes)
         return CellTyper(merged, classes, tuple(ids[name] for name in classes), self.is_shared, reference)
 
 
@@ -330,6 +340,7 @@ def fit_cell_typer(
     is_balanced: bool = False,
     false_unknown_rate: float = FALSE_UNKNOWN_RATE,
     fine_tuning: FineTuning | None = None,
+    extend: CellTyper | None = None,
     seed: int = 0,
 ) -> CellTyper:
     """Fit an annotator to labelled cells.
@@ -366,6 +377,9 @@ def fit_cell_typer(
         Share of known cells that may be called unknown.
     fine_tuning
         Settings of the training (finetune and lora).
+    extend
+        An index (method "reference") that the reference is added to: the result holds both. It is compared over the
+        index's genes, all of which the reference has to measure.
     seed
         Seed.
 
@@ -395,6 +409,9 @@ def fit_cell_typer(
     reader = open_counts(source, model.vocabulary, layer=layer)
     rows, labels = _labelled(source.column(label_key), source.name, label_key)
     is_shared = reader.alignment.is_measured.copy()
+    if extend is not None:
+        _refuse_to_extend(extend, method, model, is_shared, source.name)
+        is_shared, query = extend.is_shared, None  # the index says over which genes cells are compared
     unlabelled = None
     if query is not None:
         other = open_counts(open_source(query), model.vocabulary, layer=query_layer)
@@ -463,7 +480,10 @@ def fit_cell_typer(
     }
     if training:
         record["training"] = training
-    return CellTyper(annotator, classes, tuple(matches.id_of.get(name, "") for name in classes), is_shared, record)
+    elif scores := _held_out_scores(annotator, code, classes):
+        record["held_out"] = scores
+    typer = CellTyper(annotator, classes, tuple(matches.id_of.get(name, "") for name in classes), is_shared, record)
+    return typer if extend is None else extend.extended(typer)
 
 
 def fit_annotator(
@@ -571,6 +591,27 @@ def _fit_one(
         false_unknown_rate=false_unknown_rate,
         unlabelled=unlabelled,
     )
+
+
+def _held_out_scores(
+    annotator: Annotator | FineTuned, code: NDArray[np.integer], classes: tuple[str, ...]
+) -> dict[str, float]:
+    """Scores on cells of the reference that had no part in what is said of them; empty where there are none."""
+    held_out: HeldOut | None = getattr(annotator, "held_out", None)
+    if held_out is None:
+        return {}
+    judged = np.isfinite(held_out.distance)
+    log_probability = held_out.log_probability[judged]
+    probability = annotator.calibration.calls(log_probability, held_out.distance[judged]).probability
+    names, called = np.asarray(classes, dtype=str), probability.argmax(axis=1)
+    scores = annotation_scores(names[code[judged]], names[called])
+    error = expected_calibration_error(probability.max(axis=1), called == code[judged]).error
+    return {
+        "n_cells": int(judged.sum()),
+        "accuracy": scores.accuracy,
+        "macro_f1": scores.macro_f1,
+        "calibration_error": error,
+    }
 
 
 def annotate(
@@ -704,6 +745,30 @@ def _refuse_integration(method: Method, query: DataLike | None, *, is_balanced: 
             "is_balanced with method 'integrate'",
             expected="probe, consensus, finetune or lora: neighbours have no weights",
             fix="leave it out",
+        )
+
+
+def _refuse_to_extend(
+    extend: CellTyper, method: Method, model: Embedder, is_measured: NDArray[np.bool_], name: str
+) -> None:
+    if method != "reference" or not isinstance(extend.annotator, ReferenceIndex):
+        raise ConfigError(
+            f"extend with method {method!r}, of an annotator of method {extend.annotator.method!r}",
+            expected="method 'reference' of both: only an index can be extended",
+            fix="fit the other methods to all cells at once",
+        )
+    if str(model.provenance["model_hash"]) != extend.reference["model_hash"]:
+        raise BundleError(
+            f"the index was made with {extend.reference['model']}, and this is another model, or other weights",
+            expected=f"the model of hash {extend.reference['model_hash'][:12]}",
+            fix="load that one",
+        )
+    n_missing = int((extend.is_shared & ~is_measured).sum())
+    if n_missing:
+        raise GeneError(
+            f"{name} does not measure {n_missing} of the {int(extend.is_shared.sum())} genes of the index",
+            expected="all of them: cells are compared over the same genes",
+            fix="make one index of both references at once, over the genes that both measure",
         )
 
 

@@ -50,8 +50,10 @@ def annotate(
         Column of the reference's ``.obs``; only with cells.
     method
         "probe": regressions on the frozen embedding and on the data's own components, chosen by cross-validation on the
-        reference. "reference": nearest neighbours in the embedding, nothing is trained. "finetune": the last layers of
-        the trunk and a head are trained. "lora": adapters on all layers, and a head. The last two take minutes.
+        reference. "reference": nearest neighbours in the embedding, nothing is trained. "integrate": neighbours in an
+        embedding that is integrated over both. "consensus": all three, weighted by their agreement on ``adata``.
+        "finetune": the last layers of the trunk and a head are trained. "lora": adapters on all layers, and a head. The
+        last two take minutes.
     layer
         Layer with the counts of ``adata``; ``"raw"`` for ``adata.raw``.
     self_training, confidence
@@ -60,7 +62,7 @@ def annotate(
         Return a copy with the result instead of writing into ``adata``.
     **options
         Of :func:`fit_cell_typer`: ``ontology``, ``tissue``, ``is_balanced``, ``false_unknown_rate``, ``fine_tuning``
-        (``sd.tl.FineTuning(epochs=...)``), ``seed``.
+        (``sd.tl.FineTuning(epochs=...)``), ``extend``, ``seed``.
 
     Returns
     -------

@@ -87,6 +87,21 @@ class Calibration:
         return cls(temperature, centre, spread, float(np.quantile(novelty, 1.0 - false_unknown_rate)))
 
     @classmethod
+    def fit_held_out(
+        cls, held_out: HeldOut, code: NDArray[np.integer], *, false_unknown_rate: float = FALSE_UNKNOWN_RATE
+    ) -> Self:
+        """Calibrate on what was said of cells that could be held out; :meth:`none` where none could."""
+        judged = np.isfinite(held_out.distance)
+        if not judged.any():
+            return cls.none()
+        return cls.fit(
+            held_out.log_probability[judged],
+            held_out.distance[judged],
+            code[judged],
+            false_unknown_rate=false_unknown_rate,
+        )
+
+    @classmethod
     def none(cls) -> Self:
         """Return the calibration where no cell can be held out: nothing is changed, and nothing is unknown."""
         return cls(1.0, np.zeros(2), np.ones(2), float("inf"))

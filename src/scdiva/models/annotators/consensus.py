@@ -80,6 +80,7 @@ class Consensus:
     self_trained: Probe | None = None
     weight: NDArray[np.float64] = field(default_factory=lambda: np.full(4, 0.25))
     agreement: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    held_out: HeldOut | None = field(default=None, repr=False)
     method: str = "consensus"
 
     @classmethod
@@ -110,12 +111,9 @@ class Consensus:
         for member in (probe, probe, index, integrated):
             assert member.held_out is not None  # of the index: every cell is left out in turn
             parts.append(log_softmax(member.held_out.log_probability / member.calibration.temperature))
-        judged = np.isfinite(probe.held_out.distance)
-        log_probability = together._weighed([part[judged] for part in parts])
-        calibration = Calibration.fit(
-            log_probability, probe.held_out.distance[judged], code[judged], false_unknown_rate=false_unknown_rate
-        )
-        return replace(together, calibration=calibration)
+        held_out = HeldOut(together._weighed(parts), probe.held_out.distance)
+        calibration = Calibration.fit_held_out(held_out, code, false_unknown_rate=false_unknown_rate)
+        return replace(together, calibration=calibration, held_out=held_out)
 
     def _weighed(self, parts: list[NDArray[np.float64]]) -> NDArray[np.float64]:
         floor = np.log(_LEAST_PROBABILITY)

@@ -78,9 +78,7 @@ class ReferenceIndex:
         shape = (z.shape[0], neighbour.shape[1] - 1)
         others, distances = neighbour[~is_self].reshape(shape), distance[~is_self].reshape(shape)
         held_out = HeldOut(index.votes(others), distances.mean(axis=1).astype(np.float64))
-        fitted = Calibration.fit(
-            held_out.log_probability, held_out.distance, code, false_unknown_rate=false_unknown_rate
-        )
+        fitted = Calibration.fit_held_out(held_out, code, false_unknown_rate=false_unknown_rate)
         return replace(index, calibration=fitted, held_out=held_out, _index=index._index)
 
     def neighbours(self, z: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -177,9 +177,7 @@ class Probe:
             together = np.full((code.size, n_classes), np.nan)
             together[is_judged] = log_softmax(np.mean([out[name][is_judged] for name in best], axis=0))
             held_out = HeldOut(together, distance)
-            calibration = Calibration.fit(
-                together[is_judged], distance[is_judged], code[is_judged], false_unknown_rate=false_unknown_rate
-            )
+            calibration = Calibration.fit_held_out(held_out, code, false_unknown_rate=false_unknown_rate)
         regressions = {name: Regression.fit(x[name], code, n_classes, weight, c[name]) for name in best}
         class_logit = {
             name: class_means(np.asarray(x[name] @ fitted.coef), code, n_classes)
