@@ -14,6 +14,7 @@ from scdiva.models.annotators import (
     Regression,
     classes_of,
 )
+from scdiva.models.annotators import probe as probe_module
 from scdiva.models.annotators.calibration import log_softmax
 from scdiva.models.annotators.probe import _best_of_each, _kept_part
 from scdiva.types import CellCounts
@@ -176,7 +177,10 @@ class TestProbe:
         before, now = (p.calls(cells, z).probability.max(axis=1).mean() for p in (probe, after))
         assert now == pytest.approx(before, abs=0.02)
 
-    def test_genes_that_are_not_measured_are_unknown_not_zero(self, probe):
+    def test_genes_that_are_not_measured_are_unknown_not_zero(self, monkeypatch):
+        monkeypatch.setattr("scdiva.models.annotators.probe.CANDIDATES", (("joint", "genes"),))
+        reference, z, code = made(180, 0)
+        probe = Probe.fit(reference, z, code, 3, seed=0)
         measured = np.ones(N_GENES, dtype=bool)
         measured[[3, 14, 25, 50]] = False
         cells, z, code = made(200, 1, measured=measured)
@@ -186,6 +190,24 @@ class TestProbe:
             x[:, where].toarray(), np.tile(probe.features.detected_mean[where], (200, 1)), rtol=1e-6
         )
         assert (probe.calls(cells, z).probability.argmax(axis=1) == code).mean() > 0.9
+
+    def test_genes_that_nothing_reads_are_not_filled_in(self, monkeypatch):
+        monkeypatch.setattr("scdiva.models.annotators.probe.CANDIDATES", (("joint",),))
+        reference, z, code = made(180, 0)
+        assert Probe.fit(reference, z, code, 3, seed=0).features.detected.size == 0
+
+    def test_rare_types_do_not_decide_where_the_choice_sees_one_of_their_cells(self, monkeypatch):
+        # of a type with one cell in the part that size and penalty are chosen on, no fold knows the type
+        monkeypatch.setattr("scdiva.models.annotators.probe._CHOICE_CELLS", 60)
+        cells, z, code = made(300, 0)
+        judged = []
+        real = probe_module._nll
+        monkeypatch.setattr(probe_module, "_nll", lambda said, true: judged.append((said, true)) or real(said, true))
+        rare = code.copy()
+        rare[np.flatnonzero(code == 2)[8:]] = 0  # eight cells of the third type are left, about two of them in the part
+        Probe.fit(cells, z, rare, 3, seed=0)
+        for said, true in judged:
+            assert said[np.arange(true.size), true].min() > -25
 
     def test_saved_and_read_it_says_the_same(self, probe, tmp_path):
         np.savez(tmp_path / "a.npz", **probe.arrays())

@@ -28,14 +28,14 @@ def annotate(
         Path | None, typer.Option("--annotator", help="Instead of a reference: a folder that --save wrote.")
     ] = None,
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--method",
-            help="probe (regressions on the frozen embedding), reference (neighbours), integrate (neighbours, once "
-            "reference and FILE are integrated), consensus (all three, weighted by their agreement: for cells of "
-            "another laboratory), finetune (trains last layers and a head: minutes) or lora (trains adapters).",
+            help="probe (the default: regressions on the frozen embedding), reference (neighbours), integrate "
+            "(neighbours, once reference and FILE are integrated), consensus (all three, weighted by their agreement: "
+            "for another laboratory's cells), finetune (trains last layers and a head: minutes) or lora (adapters).",
         ),
-    ] = "probe",
+    ] = None,
     save: Annotated[Path | None, typer.Option("--save", help="Folder for the fitted annotator.")] = None,
     extend: Annotated[
         Path | None,
@@ -105,7 +105,7 @@ def annotate(
     if annotator is not None:
         fitted_with = {
             "--label-key": label_key is not None,
-            "--method": method != "probe",
+            "--method": method is not None,
             "--ontology": bool(ontology),
             "--tissue": tissue is not None,
             "--balanced": balanced,
@@ -167,7 +167,7 @@ def annotate(
             typer.echo(line)
     if held_out := record["reference"].get("held_out"):
         typer.echo(
-            f"cells of the reference, each judged without itself: accuracy {held_out['accuracy']:.3f}, macro-F1 "
+            f"cells of the reference, each judged without its label: accuracy {held_out['accuracy']:.3f}, macro-F1 "
             f"{held_out['macro_f1']:.3f}, calibration error {held_out['calibration_error']:.3f}"
         )
     for label, n in Counter(found.label.tolist()).most_common():

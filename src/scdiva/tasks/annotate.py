@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,8 +62,10 @@ CONFIDENCE = 0.5
 """Probability that a cell type, or a common ancestor of several, must reach to be a cell's term."""
 MIN_SHARED_GENES = 100
 _BLOCK = 1024
-_FORMAT = 2
+_FORMAT = 3
 _UNLABELLED_CELLS = 10_000
+_QUERY_STREAM = 5
+"""Tag of the random stream that draws the cells of a query that an annotator adapts to."""
 _NOT_SAVED = "not saved"
 _LEARNERS = (Probe, IntegratedIndex, Consensus)
 """Annotators that adapt to a query."""
@@ -82,7 +85,7 @@ class Annotation:
     probability
         ``(n_cells, n_classes)`` float32, calibrated on the reference.
     novelty
-        ``(n_cells,)`` float32: how unlike the reference, in robust standard deviations of its own cells.
+        ``(n_cells,)`` float32: how unlike the reference (:class:`scdiva.models.annotators.Calls`).
     threshold
         Novelty above which a cell is unknown.
     class_ids
@@ -207,7 +210,7 @@ class CellTyper:
             partial.mkdir()
             arrays = {**self.annotator.arrays(), "is_shared": self.is_shared}
             np.savez_compressed(partial / "annotator.npz", **arrays)  # type: ignore[arg-type]
-            digest = hashlib.sha256((partial / "annotator.npz").read_bytes()).hexdigest()
+            digest = _digest((partial / "annotator.npz").read_bytes(), self.classes, self.class_ids)
             head = {
                 "format": _FORMAT,
                 "method": self.annotator.method,
@@ -237,7 +240,8 @@ class CellTyper:
                 f"{path} is no annotator: {error}", expected="a folder that scdiva annotate --save wrote", fix="name it"
             ) from error
         is_ours = isinstance(head, dict) and head.get("format") == _FORMAT and head.get("method") in METHODS
-        if not is_ours or hashlib.sha256(content).hexdigest() != head["sha256"]:
+        wanted = {"classes", "class_ids", "reference", "arrays", "sha256"}
+        if not is_ours or wanted - set(head) or _digest(content, head["classes"], head["class_ids"]) != head["sha256"]:
             raise BundleError(
                 f"{path}: annotator.json and annotator.npz do not belong together, or are of another version",
                 expected="the folder as it was written",
@@ -259,8 +263,15 @@ class CellTyper:
             annotator = Probe.from_arrays(arrays)
         return cls(annotator, tuple(head["classes"]), tuple(head["class_ids"]), arrays["is_shared"], head["reference"])
 
-    def extended(self, other: CellTyper) -> CellTyper:
+    def extended(self, other: CellTyper, *, ontology: Mapping[str, str] | None = None) -> CellTyper:
         """Return the index of both references together (method "reference").
+
+        Parameters
+        ----------
+        other
+            An index of the same model over the same genes, with the same share of known cells that may be unknown.
+        ontology
+            Cell Ontology ids of labels, which go before those of both.
 
         Raises
         ------
@@ -281,6 +292,13 @@ class CellTyper:
                 expected="one model, and genes=... the same",
                 fix="fit both to the genes that all references measure",
             )
+        rate = float(self.reference["false_unknown_rate"])
+        if rate != float(other.reference["false_unknown_rate"]):
+            raise ConfigError(
+                f"false_unknown_rate {rate} and {other.reference['false_unknown_rate']}",
+                expected="the same of both",
+                fix=f"leave it at {rate}, or make one index of all cells at once",
+            )
         classes = tuple(sorted({*self.classes, *other.classes}))
         code = [
             np.array([classes.index(name) for name in typer.classes], dtype=np.int32)[index.code]
@@ -290,11 +308,14 @@ class CellTyper:
         ids = dict.fromkeys(classes, "")
         for typer in (other, self):
             ids |= {name: found for name, found in zip(typer.classes, typer.class_ids, strict=True) if found}
-        rate = float(self.reference["false_unknown_rate"])
+        ids |= {name: found for name, found in (ontology or {}).items() if name in ids}
         codes = np.concatenate(code)
         merged = ReferenceIndex.fit(np.concatenate([one.z, two.z]), codes, len(classes), false_unknown_rate=rate)
         reference = {**self.reference, "name": f"{self.reference['name']} + {other.reference['name']}"}
         reference["n_cells"] = int(self.reference["n_cells"]) + int(other.reference["n_cells"])
+        for key in ("label_key", "counts_in"):
+            there = dict.fromkeys([str(self.reference[key]), str(other.reference[key])])
+            reference[key] = " + ".join(there)
         reference["n_left_out"] = int(self.reference["n_left_out"]) + int(other.reference["n_left_out"])
         reference["classes"] = list(classes)
         reference["cells_per_class"] = np.bincount(codes, minlength=len(classes)).tolist()
@@ -302,6 +323,13 @@ class CellTyper:
         reference["labels_without_ontology_id"] = sorted(name for name in without if not ids[name])
         reference["held_out"] = _held_out_scores(merged, codes, classes)
         return CellTyper(merged, classes, tuple(ids[name] for name in classes), self.is_shared, reference)
+
+
+def _digest(arrays: bytes, classes: Sequence[str], class_ids: Sequence[str]) -> str:
+    """Fingerprint arrays and labels: other names, or in another order, would be other types."""
+    digest = hashlib.sha256(arrays)
+    digest.update(json.dumps([list(classes), list(class_ids)]).encode())
+    return digest.hexdigest()
 
 
 def check_annotator_folder(folder: str | Path, *, overwrite: bool) -> None:
@@ -404,7 +432,7 @@ def fit_cell_typer(
     if not 0 < false_unknown_rate < 1:
         raise ConfigError(f"false_unknown_rate={false_unknown_rate}", expected="between 0 and 1", fix="leave it out")
     options = _fine_tuning(method, fine_tuning, model)
-    _refuse_integration(method, query, is_balanced=is_balanced)
+    _refuse_unusable(method, query, is_balanced=is_balanced)
     source = open_source(reference)
     reader = open_counts(source, model.vocabulary, layer=layer)
     rows, labels = _labelled(source.column(label_key), source.name, label_key)
@@ -470,6 +498,7 @@ def fit_cell_typer(
         "n_genes": int(is_shared.sum()),
         "counts_in": reader.found.description,
         "false_unknown_rate": false_unknown_rate,
+        "seed": seed,
         # two lists, since a label may hold what no key of a file can ("T/NK")
         "classes": list(classes),
         "cells_per_class": np.bincount(code).tolist(),
@@ -483,7 +512,15 @@ def fit_cell_typer(
     elif scores := _held_out_scores(annotator, code, classes):
         record["held_out"] = scores
     typer = CellTyper(annotator, classes, tuple(matches.id_of.get(name, "") for name in classes), is_shared, record)
-    return typer if extend is None else extend.extended(typer)
+    return typer if extend is None else extend.extended(typer, ontology=ontology)
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """An annotator that others are built of, and the seconds that its fit took."""
+
+    annotator: Any
+    seconds: float
 
 
 def fit_annotator(
@@ -499,7 +536,7 @@ def fit_annotator(
     is_balanced: bool = False,
     false_unknown_rate: float = FALSE_UNKNOWN_RATE,
     name: str = "the reference",
-    fitted: MutableMapping[str, Any] | None = None,
+    fitted: MutableMapping[str, Fitted] | None = None,
 ) -> Annotator:
     """Fit an annotator to cells in memory, by a method that does not train the network.
 
@@ -524,14 +561,17 @@ def fit_annotator(
 
     Raises
     ------
+    ConfigError
+        A method that trains the network, or no query to integrate with.
     UnsupportedError, GeneError, TrainingError, NonFiniteLossError
         See :func:`scdiva.tasks.integrated.fit_integrated`.
     """
-    done = {} if fitted is None else fitted
+    done: MutableMapping[str, Fitted] = {} if fitted is None else fitted
 
     def part(wanted: str) -> Any:
         if wanted not in done:
-            done[wanted] = _fit_one(
+            started = time.perf_counter()
+            found = _fit_one(
                 wanted,
                 cells,
                 z,
@@ -544,7 +584,8 @@ def fit_annotator(
                 false_unknown_rate=false_unknown_rate,
                 name=name,
             )
-        return done[wanted]
+            done[wanted] = Fitted(found, time.perf_counter() - started)
+        return done[wanted].annotator
 
     if method == "consensus":
         probe, index, integrated = (part(wanted) for wanted in ("probe", "reference", "integrate"))
@@ -569,8 +610,17 @@ def _fit_one(
 ) -> Annotator:
     if method == "reference":
         return ReferenceIndex.fit(z, code, n_classes, false_unknown_rate=false_unknown_rate)
+    if method not in ("probe", "integrate"):
+        raise ConfigError(
+            f"method {method!r} trains the network",
+            expected="reference, probe, integrate or consensus",
+            fix="use fit_cell_typer",
+        )
     if method == "integrate":
-        assert unlabelled is not None  # fit_cell_typer refuses otherwise
+        if unlabelled is None:
+            raise ConfigError(
+                "nothing to integrate the reference with", expected="unlabelled=...", fix="give cells of the query"
+            )
         return fit_integrated(
             cells,
             unlabelled[0],
@@ -596,11 +646,14 @@ def _fit_one(
 def _held_out_scores(
     annotator: Annotator | FineTuned, code: NDArray[np.integer], classes: tuple[str, ...]
 ) -> dict[str, float]:
-    """Scores on cells of the reference that had no part in what is said of them; empty where there are none."""
+    """Scores on cells of the reference whose labels had no part in what is said of them; empty where there are none.
+
+    Settings and temperature were chosen by these very cells, which makes the scores a little too good.
+    """
     held_out: HeldOut | None = getattr(annotator, "held_out", None)
-    if held_out is None:
+    judged = np.zeros(0, dtype=bool) if held_out is None else np.isfinite(held_out.distance)
+    if held_out is None or not judged.any():
         return {}
-    judged = np.isfinite(held_out.distance)
     log_probability = held_out.log_probability[judged]
     probability = annotator.calibration.calls(log_probability, held_out.distance[judged]).probability
     names, called = np.asarray(classes, dtype=str), probability.argmax(axis=1)
@@ -640,7 +693,8 @@ def annotate(
         What an annotator learns from the query, of up to 10,000 cells. "auto": a probe is aligned with them (they may
         be of another laboratory), a consensus weighs its members by their agreement on them, and where the reference
         has fewer than 20 cells per class (median), a probe or integrated neighbours go on to learn from their own
-        calls. True: both. False: nothing, and the call of a cell does not depend on other cells.
+        calls. True: both. False: nothing, and the call of a cell does not depend on other cells, once the typer is
+        fitted (which may have looked at the query, too).
     confidence
         Probability that an ontology term must reach.
     on_block
@@ -668,8 +722,9 @@ def annotate(
     _refuse_few_genes(is_used, str(typer.reference["name"]), reader.source.name)
     annotator = typer.annotator.on(model) if isinstance(typer.annotator, FineTuned) else typer.annotator
     is_self_trained, fitted = _is_self_trained(self_training, typer), annotator
-    if isinstance(annotator, _LEARNERS) and self_training is not False:
-        rows = np.sort(np.random.default_rng(0).permutation(len(reader))[:_UNLABELLED_CELLS])
+    if isinstance(annotator, _LEARNERS) and (is_self_trained or self_training == "auto"):
+        rng = np.random.default_rng([int(typer.reference.get("seed", 0)), _QUERY_STREAM])
+        rows = np.sort(rng.permutation(len(reader))[:_UNLABELLED_CELLS])
         cells = reader.read(rows).with_genes(typer.is_shared)
         annotator = annotator.adapted(cells, embed_cells(model, cells), learns=is_self_trained)
     probability = np.empty((len(reader), len(typer.classes)), dtype=np.float32)
@@ -710,7 +765,8 @@ def annotate(
     if isinstance(probes[0], Probe):
         record["regressions"] = list(probes[0].regressions)
         record["latent_size"] = probes[0].features.latent_size
-        record["moved"] = probes[0] is not probes[1]
+        assert isinstance(probes[1], Probe)
+        record["moved"] = not np.array_equal(probes[0].class_mean, probes[1].class_mean, equal_nan=True)
     return Annotation(
         typer.classes, probability, novelty, annotator.calibration.threshold, typer.class_ids, record, confidence
     )
@@ -731,18 +787,16 @@ def _fine_tuning(method: Method, given: FineTuning | None, model: Embedder) -> F
     return None
 
 
-def _refuse_integration(method: Method, query: DataLike | None, *, is_balanced: bool) -> None:
-    if method not in INTEGRATING_METHODS:
-        return
-    if query is None:
+def _refuse_unusable(method: Method, query: DataLike | None, *, is_balanced: bool) -> None:
+    if method in INTEGRATING_METHODS and query is None:
         raise ConfigError(
             f"method {method!r} without a query",
             expected="query=...: an encoder is trained on both sides",
             fix="give the cells that are to be annotated, or use 'probe'",
         )
-    if is_balanced and method == "integrate":
+    if is_balanced and method in ("integrate", "reference"):
         raise ConfigError(
-            "is_balanced with method 'integrate'",
+            f"is_balanced with method {method!r}",
             expected="probe, consensus, finetune or lora: neighbours have no weights",
             fix="leave it out",
         )
@@ -782,6 +836,8 @@ def _consensus_record(consensus: Consensus) -> dict[str, Any]:
 
 
 def _is_self_trained(wanted: bool | Literal["auto"], typer: CellTyper) -> bool:
+    if wanted not in (True, False, "auto"):
+        raise ConfigError(f"self_training={wanted!r}", expected="True, False or 'auto'", fix="give one of them")
     if not isinstance(typer.annotator, _LEARNERS):
         if wanted is True:
             raise ConfigError(
@@ -791,7 +847,7 @@ def _is_self_trained(wanted: bool | Literal["auto"], typer: CellTyper) -> bool:
             )
         return False
     if wanted != "auto":
-        return wanted
+        return bool(wanted)
     return float(np.median(typer.reference["cells_per_class"])) < FEW_FOR_SELF_TRAINING
 
 

@@ -29,8 +29,8 @@ FINE_TUNED = ("lora", "finetune")
 CHOSEN = "chosen"
 """Whichever of our methods is best on training cells that it is validated on."""
 OURS_AND_CHOSEN = (*OURS, *FINE_TUNED, CHOSEN)
-TRANSDUCTIVE = ("probe", "probe_self_trained", "integrate", "consensus", "logistic_pca_of_all")
-"""Methods that are fitted to held-out cells, too; without their labels."""
+TRANSDUCTIVE = (*(name for name in OURS if name != "reference"), *FINE_TUNED, "logistic_pca_of_all")
+"""Methods that are fitted to held-out cells, too; without their labels. "chosen" may be one of them."""
 METHODS = (*OURS_AND_CHOSEN, *baselines.BASELINES)
 SIMPLICITY = ("reference", "probe", "probe_self_trained", "lora", "finetune")
 """What "chosen" chooses from, the simplest first: the order in which ties are broken. Methods that are for another

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -25,7 +25,7 @@ from scdiva.metrics import annotation as metrics
 from scdiva.models.annotators import FEW_FOR_SELF_TRAINING, Calls
 from scdiva.models.base import Embedder
 from scdiva.tasks import open_set
-from scdiva.tasks.annotate import CellTyper, annotate, fit_annotator, fit_cell_typer
+from scdiva.tasks.annotate import CellTyper, Fitted, annotate, fit_annotator, fit_cell_typer
 from scdiva.tasks.annotation_report import (
     CHOSEN,
     FINE_TUNED,
@@ -80,8 +80,6 @@ _FEW_FOLDS = 3
 _PARTS = {"probe_self_trained": ("probe",), "consensus": ("probe", "reference", "integrate")}
 """What methods are built of."""
 _FORMAT = 1
-_OUR_VERSION = 2
-"""Of our methods: rows of an earlier one are of other code, and are not used again."""
 
 log = logging.getLogger(__name__)
 
@@ -283,13 +281,13 @@ def _runs_of(
     """Run methods on one split, or take what is known; "chosen" comes after those that it chooses from."""
     content, model_hash = task.digest(), str(model.provenance["model_hash"])
     embedded: list[_Embedded] = []
-    fitted = _Fitted()
+    fitted: dict[str, Fitted] = {}
     done: dict[str, Run] = {}
     candidates = tuple(name for name in SIMPLICITY if name in methods)
     for method in methods:
         asked: list[Any] = [_FORMAT, content, method, seed, model_hash]
         if method in (*OURS, CHOSEN):
-            asked.append(_OUR_VERSION)
+            asked.append(open_set.OUR_VERSION)
         if method == CHOSEN:
             asked.append(candidates)
         key = row_key(*asked)
@@ -309,18 +307,6 @@ def _runs_of(
         yield run
 
 
-@dataclass(slots=True)
-class _Fitted:
-    """Annotators of one split: methods that build on others do not fit them again. Seconds that each took."""
-
-    annotators: dict[str, Any] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def seconds_of(self, method: str) -> float:
-        """Return what the parts of a method took that were fitted for another one."""
-        return sum(self.seconds.get(part, 0.0) for part in _PARTS.get(method, ()))
-
-
 def _run(
     task: Task,
     method: str,
@@ -328,7 +314,7 @@ def _run(
     key: str,
     model: Embedder,
     embedded: Sequence[_Embedded],
-    fitted: _Fitted,
+    fitted: MutableMapping[str, Fitted],
 ) -> Run:
     started = time.perf_counter()
     spent = 0.0
@@ -339,9 +325,9 @@ def _run(
         classes, probability = found.classes, found.probabilities
     else:
         z = embedded[0]
-        known = fitted.seconds_of(method)
-        annotator = _fit(method, task.train, z.train, (task.test.cells, z.test), model, seed, fitted.annotators)
-        fitted.seconds[method] = time.perf_counter() - started
+        # what others have fitted already counts as if it had been fitted for this one
+        known = sum(fitted[part].seconds for part in _PARTS.get(method, (method,)) if part in fitted)
+        annotator = _fit(method, task.train, z.train, (task.test.cells, z.test), model, seed, fitted)
         classes = np.unique(task.train.label)
         probability = annotator.calls(task.test.cells, z.test).probability.astype(np.float64)
         spent = z.seconds + known
@@ -380,7 +366,7 @@ def _fit(
     unlabelled: tuple[CellCounts, NDArray[np.float32]],
     model: Embedder,
     seed: int,
-    fitted: MutableMapping[str, Any] | None = None,
+    fitted: MutableMapping[str, Fitted] | None = None,
 ) -> _Annotator:
     """Fit one of our methods to labelled cells; ``unlabelled`` are the cells that will be annotated.
 
@@ -423,6 +409,7 @@ def _chosen_run(runs: Mapping[str, Run], task: Task, model: Embedder, z: _Embedd
     fold = validation_folds(label, np.random.default_rng([seed, 15]), n_folds=n_folds)
     judged = fold >= 0 if has_few else fold == 0
     validation = {}
+    fitted: dict[int, dict[str, Fitted]] = {i: {} for i in range(n_folds)}
     for method in runs:
         predicted = np.full(label.size, "", dtype=label.dtype)
         for i in range(n_folds) if has_few else (0,):
@@ -432,7 +419,8 @@ def _chosen_run(runs: Mapping[str, Run], task: Task, model: Embedder, z: _Embedd
             part = task.train.take(own)
             # these are the cells that are annotated here: a probe aligned with others would be judged unfairly
             validated = (task.train.cells.take(rows), z.train[rows])
-            probability = _fit(method, part, z.train[own], validated, model, seed).calls(*validated).probability
+            annotator = _fit(method, part, z.train[own], validated, model, seed, fitted[i])
+            probability = annotator.calls(*validated).probability
             predicted[rows] = np.unique(part.label)[probability.argmax(axis=1)]
         validation[method] = (
             metrics.annotation_scores(label[judged], predicted[judged]).macro_f1 if judged.any() else 0.0

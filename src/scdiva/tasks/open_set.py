@@ -48,6 +48,8 @@ PACKAGES = ("scdiva", "numpy", "scipy", "scikit-learn", "scanpy", "anndata", "to
 """What runs depend on: their versions are in every row."""
 TABLE = "open set"
 """What rows say that they are; other lines of the same file are of other tables."""
+OUR_VERSION = 2
+"""Of our annotators: rows of an earlier one are of other code, and are not used again."""
 _N_FOLDS = 5
 _FORMAT = 1
 _Z = NDArray[np.float32]
@@ -337,7 +339,8 @@ def run_open_set(
                 content = split.digest()
                 space: list[_Space] = []
                 for method in methods:
-                    key = row_key(_FORMAT, TABLE, content, name, method, seed, model_hash)
+                    version = [OUR_VERSION] if method in OURS else []
+                    key = row_key(_FORMAT, TABLE, content, name, method, seed, model_hash, *version)
                     run = known.get(key)
                     if run is None:
                         if method in OURS and not embedding:

@@ -29,7 +29,7 @@ def annotate(
     reference: DataLike | CellTyper,
     label_key: str | None = None,
     *,
-    method: Method = "probe",
+    method: Method | None = None,
     layer: str | None = None,
     self_training: bool | Literal["auto"] = "auto",
     confidence: float = CONFIDENCE,
@@ -49,11 +49,11 @@ def annotate(
     label_key
         Column of the reference's ``.obs``; only with cells.
     method
-        "probe": regressions on the frozen embedding and on the data's own components, chosen by cross-validation on the
-        reference. "reference": nearest neighbours in the embedding, nothing is trained. "integrate": neighbours in an
-        embedding that is integrated over both. "consensus": all three, weighted by their agreement on ``adata``.
-        "finetune": the last layers of the trunk and a head are trained. "lora": adapters on all layers, and a head. The
-        last two take minutes.
+        "probe" (taken if left out): regressions on the frozen embedding and on the data's own components, chosen by
+        cross-validation on the reference. "reference": nearest neighbours in the embedding, nothing is trained.
+        "integrate": neighbours in an embedding that is integrated over both. "consensus": all three, weighted by their
+        agreement on ``adata``. "finetune": the last layers of the trunk and a head are trained. "lora": adapters on all
+        layers, and a head. The last two take minutes. Only with cells.
     layer
         Layer with the counts of ``adata``; ``"raw"`` for ``adata.raw``.
     self_training, confidence
@@ -96,7 +96,7 @@ def annotate_file(
     reference: DataLike | CellTyper,
     label_key: str | None = None,
     *,
-    method: Method = "probe",
+    method: Method | None = None,
     layer: str | None = None,
     self_training: bool | Literal["auto"] = "auto",
     confidence: float = CONFIDENCE,
@@ -135,20 +135,21 @@ def _cell_typer(
     model: Embedder,
     reference: DataLike | CellTyper,
     label_key: str | None,
-    method: Method,
+    method: Method | None,
     options: Mapping[str, Any],
 ) -> CellTyper:
     if isinstance(reference, CellTyper):
-        if label_key is not None or options:
+        given = {"label_key": label_key, "method": method, **options}
+        if wrong := [name for name, value in given.items() if value is not None]:
             raise ConfigError(
-                f"{', '.join(['label_key', *options])} with an annotator that is fitted already",
+                f"{', '.join(wrong)} with an annotator that is fitted already",
                 expected="labelled cells as the reference, or nothing but the annotator",
                 fix="leave them out",
             )
         return reference
     if label_key is None:
         raise ConfigError("no label_key", expected="the column of the reference's .obs with labels", fix="name it")
-    given = {"method": method, "query": query, "query_layer": query_layer, **options}
+    given = {"method": method or "probe", "query": query, "query_layer": query_layer, **options}
     return fit_cell_typer(reference, model, label_key, **given)
 
 

@@ -28,8 +28,8 @@ class Calls:
     probability
         ``(N, K)`` float32, rows sum to 1.
     novelty
-        ``(N,)`` float32: how unlike the reference; 0 is usual for a known cell, one unit about a standard deviation
-        of known cells.
+        ``(N,)`` float32: how unlike the reference: the sum of two parts, log distance and log-odds against the best
+        class, each in units of its spread over known cells; 0 is usual.
     """
 
     probability: NDArray[np.float32]

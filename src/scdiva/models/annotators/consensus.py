@@ -71,6 +71,8 @@ class Consensus:
     agreement
         ``(4,)`` share of the query's calls on which each agrees with another one (mean over the three others); empty
         before :meth:`adapted`.
+    held_out
+        What all together, with equal weights, say of reference cells that had no part in it; None if it was loaded.
     """
 
     probe: Probe
@@ -164,7 +166,7 @@ class Consensus:
         return replace(found, weight=weight / weight.sum(), agreement=agreement)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Return what is saved: the members as they were before any query."""
+        """Return what is saved: the members, but not what :meth:`adapted` made of a query (weights, second probe)."""
         members = {
             "probe": self.probe.arrays(), "index": self.index.arrays(), "integrated": self.integrated.arrays(),
         }  # fmt: skip

@@ -36,7 +36,7 @@ class ReferenceIndex:
     calibration
         From leaving out one cell at a time.
     held_out
-        What the others say of each cell; None if it was loaded.
+        What the others say of each cell; NaN for the only cell of a class; None if it was loaded.
     """
 
     z: NDArray[np.float32]
@@ -77,7 +77,10 @@ class ReferenceIndex:
         is_self[~is_self.any(axis=1), -1] = True
         shape = (z.shape[0], neighbour.shape[1] - 1)
         others, distances = neighbour[~is_self].reshape(shape), distance[~is_self].reshape(shape)
-        held_out = HeldOut(index.votes(others), distances.mean(axis=1).astype(np.float64))
+        # the only cell of a class has nobody left to vote for it
+        is_alone = np.bincount(code, minlength=n_classes)[code] == 1
+        votes = np.where(is_alone[:, None], np.nan, index.votes(others))
+        held_out = HeldOut(votes, np.where(is_alone, np.nan, distances.mean(axis=1)).astype(np.float64))
         fitted = Calibration.fit_held_out(held_out, code, false_unknown_rate=false_unknown_rate)
         return replace(index, calibration=fitted, held_out=held_out, _index=index._index)
 
@@ -95,9 +98,10 @@ class ReferenceIndex:
 
     @property
     def n_votes(self) -> int:
-        """Neighbours that vote."""
+        """Neighbours that vote; the nearest alone where classes have fewer than three cells: two would tie."""
         sizes = np.bincount(self.code, minlength=1)
-        return int(np.clip(np.median(sizes[sizes > 0]), MIN_NEIGHBORS, N_NEIGHBORS))
+        size = np.median(sizes[sizes > 0])
+        return 1 if size < MIN_NEIGHBORS else int(min(size, N_NEIGHBORS))
 
     def votes(self, neighbour: NDArray[np.int64]) -> NDArray[np.float64]:
         """Log of the share of neighbours of each class, ``(N, K)``; half a vote is spread over all classes."""

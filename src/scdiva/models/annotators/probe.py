@@ -184,6 +184,9 @@ class Probe:
             for name, fitted in regressions.items()
         }
         mean, whitening = class_shape(x["joint"], code, n_classes)
+        if "genes" not in best:  # nothing reads them: no file with a missing gene has to be filled in
+            none = np.empty(0, dtype=np.int64)
+            features = replace(features, detected=none, detected_mean=none.astype(np.float32))
         kept = some_of_each(code, _KEPT_PER_CLASS, np.random.default_rng([seed, 2]))
         return cls(
             features,
@@ -282,7 +285,7 @@ class Probe:
         return self if (novelty > self.calibration.threshold).mean() > _MOSTLY else probe
 
     def self_trained(self, cells: CellCounts, z: NDArray[np.float32]) -> Self:
-        """Return the probe, aligned, and trained further on its own calls of unlabelled cells.
+        """Return the probe, aligned (if it can be), and trained further on its own calls of unlabelled cells.
 
         Three rounds, each on the most probable 70 % of the cells of each predicted class, so that no class is lost
         for being less sure than others; a cell counts as much as its probability. For references of few cells (our
@@ -401,7 +404,10 @@ def _chosen_size(
     Also with five cells of each class: whether z, components or both tell these types apart shows in a handful of
     cells. Where no cell can be held out, the largest of both.
     """
-    judged = fold >= 0
+    # of a part of the reference: a cell whose class is in no other fold of it would be judged by a class never seen
+    table = np.zeros((n_classes, N_FOLDS), dtype=np.int64)
+    np.add.at(table, (code[fold >= 0], fold[fold >= 0]), 1)
+    judged = (fold >= 0) & ((table > 0).sum(axis=1) > 1)[code]
     if not judged.any():
         return LATENT_SIZES[-1], PENALTIES[-1]
 

@@ -38,7 +38,7 @@ class IntegratedIndex:
     Parameters
     ----------
     network
-        The integrated encoder; no trunk.
+        The integrated encoder; no trunk. It is small, and stays on the CPU.
     sizes
         Its configuration.
     is_read
@@ -127,7 +127,8 @@ class IntegratedIndex:
             return self
         own = self.embed(cells)
         spread = np.maximum(own.std(axis=0), 1e-6)
-        log_probability = np.log(np.maximum(self.calls(cells, z).probability.astype(np.float64), 1e-12))
+        calls = self.calibration.calls(*self.index.said(own))
+        log_probability = np.log(np.maximum(calls.probability.astype(np.float64), 1e-12))
         regression, temperature = trained_on_calls(
             self.index.z / spread, self.index.code, own / spread, log_probability, self.index.n_classes
         )
