@@ -650,11 +650,11 @@ class IntegrationConfig(Section):
             n_kinds=1,
             contrastive_weight=0.0,
             alignment_weight=0.0,
-            adversarial_weight=1.0,
+            adversarial_weight=0.1,
             supcon_weight=0.5,
             has_projection=True,
             stops_early=True,
-            reconstruction_weight=1.0,
+            reconstruction_weight=0.1,
             whole_encoder=True,
         )
 

@@ -132,7 +132,7 @@ class TestWithLabels:
         )  # fmt: skip
         assert found.model.details["trained_heads"] == ["anchor", "profile_decoder"]
         settings = json.loads(found.record["settings"])
-        assert settings["adversarial_weight"] == 1.0
+        assert settings["adversarial_weight"] == config.adversarial_weight > 0
         assert found.record["trained"] == "layers of an anchor"
         assert np.isfinite(found.z).all()
 
@@ -230,6 +230,11 @@ class TestWholeEncoder:
             model.expected_profile(published[1].z, np.arange(3))
         with pytest.raises(UnsupportedError, match="generation"):
             sd.tl.generate(model, n_cells=2)
+
+    def test_hidden_genes_are_predicted_as_before(self, batches, published):
+        genes = [str(name) for name in published[1].model.vocabulary.symbol[:2]]
+        done = sd.tl.impute(batches, published[1].model, genes, copy=True)  # of a model that is fine-tuned
+        assert done.n_obs == N
 
     def test_the_model_that_was_given_is_not_changed(self, batches, tiny_trunk_model):
         before = {name: tensor.clone() for name, tensor in tiny_trunk_model.network.state_dict().items()}
