@@ -29,4 +29,9 @@ for set in baron lines tech; do
     "$PYTHON" -c "from scdiva.cli import main; main()" evaluate integration "$OUT/$set.h5ad" --batch-key batch \
         --label-key cell_type --model "${MODEL:-scdiva-blood-tiny}" --seeds "$SEEDS" --out "$OUT/$set"
 done
+# the published protocol trains the whole network: minutes per seed
+"$PYTHON" -c "from scdiva.cli import main; main()" evaluate integration "$OUT/baron.h5ad" --batch-key batch \
+    --label-key cell_type --model "${MODEL:-scdiva-blood-tiny}" --seeds "$SEEDS" --out "$OUT/baron_published" \
+    --methods pca --methods harmony --methods random --methods scanvi --methods scdiva_labels \
+    --methods scdiva_published --methods oracle
 "$PYTHON" "$HERE/unseen_batch.py" "$OUT/baron.h5ad" --out "$OUT/unseen_batch.json"

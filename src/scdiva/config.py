@@ -445,8 +445,17 @@ class NativeConfig(Section):
     principal component analysis does (models that integration makes)."""
     embedding_std: NaturalFloat = 0.01
     """Standard deviation of the noise in the dimensions that the SVD does not fill."""
+    embeds: Literal["latent", "state"] = "latent"
+    """What ``embed`` returns. latent: z; state: LayerNorm([z; h_LAT]) of the unmasked cell, ``n_latent + trunk.width``
+    numbers (models that the published integration makes; they do not generate from an embedding)."""
     trunk: TrunkConfig = TrunkConfig()
     """Section ``[model.trunk]``."""
+
+    @model_validator(mode="after")
+    def _check(self) -> NativeConfig:
+        if self.embeds == "state" and not self.trunk.n_layers:
+            raise ValueError("embeds = 'state' needs a trunk (trunk.n_layers > 0)")
+        return self
 
 
 class OfficialConfig(Section):
@@ -608,30 +617,45 @@ class IntegrationConfig(Section):
     stops_early: bool = False
     """Whether held-out labelled cells choose the step, by AvgBIO (as published); else the last one is kept."""
     reconstruction_weight: NaturalFloat = 0.0
-    """Weight of the counts of one view given the embedding of the other (profile decoder with an offset per batch)."""
+    """Weight of reconstruction. Of a whole encoder: the loss that the model is pretrained on (hidden genes, their
+    counts, profile); else: the counts of one view given the embedding of the other (profile decoder with an offset per
+    batch)."""
+    whole_encoder: bool = False
+    """Whether the whole network of the model is fine-tuned (as published), read at LayerNorm([z; h_LAT]) of unmasked
+    cells, which is then the embedding; else new layers of an anchor are trained. Sizes, components, views, partners and
+    kinds above are of the latter."""
+    max_tokens: PositiveInt = 64
+    """Best-ranked genes of a cell that the trunk of a whole encoder reads; z pools all of them."""
+    denoised_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
+    """Share of a minibatch that a whole encoder reconstructs: each such cell is a second pass."""
 
     @model_validator(mode="after")
     def _check(self) -> IntegrationConfig:
         if self.p_self + self.p_across > 1 + 1e-9:
             raise ValueError("p_self and p_across must not add up to more than 1")
+        if self.whole_encoder and (self.contrastive_weight > 0 or self.alignment_weight > 0 or self.n_kinds > 1):
+            raise ValueError("whole_encoder has no partners: contrastive_weight = alignment_weight = 0 and n_kinds = 1")
         return self
 
     @classmethod
     def published(cls) -> IntegrationConfig:
         """Return the published protocol: reconstruction, batch adversary, supervised contrast on a projection.
 
-        Weights and sizes that the paper does not state are those of docs/integration.md.
+        The whole encoder is trained, which takes a model with a trunk; with ``whole_encoder`` set to False, the same
+        loss trains layers of an anchor alone. Weights and sizes that the paper does not state are those of
+        docs/integration.md.
         """
         return cls(
             temperature=0.1,
             n_kinds=1,
             contrastive_weight=0.0,
             alignment_weight=0.0,
-            adversarial_weight=1.0,
+            adversarial_weight=0.1,
             supcon_weight=0.5,
             has_projection=True,
             stops_early=True,
-            reconstruction_weight=1.0,
+            reconstruction_weight=0.1,
+            whole_encoder=True,
         )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from scdiva.baselines import integration as baselines
+from scdiva.config import IntegrationConfig
 from scdiva.datasets import synthetic_cells
 from scdiva.errors import ConfigError, ScdivaError, SourceError, UnsupportedError
 from scdiva.metrics import integration as metrics
@@ -41,10 +42,11 @@ class FakeIntegration:
     """In the place of the training, which takes minutes."""
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.configs = [], []
 
-    def integrate_cells(self, cells, batch, model, *, labels=None, seed=0, name=""):
+    def integrate_cells(self, cells, batch, model, *, labels=None, config=None, seed=0, name=""):
         self.calls.append((cells.n_cells, sorted(set(batch)), labels, seed))
+        self.configs.append(config)
         return SimpleNamespace(z=FakeModel(model, labels).embed(cells))
 
 
@@ -330,12 +332,29 @@ class TestWhatIsInstalled:
         monkeypatch.setattr(task, "PACKAGES", PACKAGES)
         monkeypatch.setattr(task, "find_spec", lambda module: None if module == "scvi" else object())
         chosen, notes = task._chosen(None)
-        assert set(task.METHODS) - set(chosen) == {"scvi", "scanvi"}
+        assert set(task.METHODS) - set(chosen) == {"scvi", "scanvi", "scdiva_published"}
         assert "scvi-tools" in notes[0]
         assert notes[0] in caplog.text
         monkeypatch.setattr("scdiva.baselines.common.find_spec", lambda module: None)
         with pytest.raises(UnsupportedError, match="harmonypy"):
             task._chosen(["pca", "harmony"])
+
+    def test_the_published_protocol_is_run_only_if_it_is_named(
+        self, cells, tiny_model, tiny_trunk_model, fake, synthetic
+    ):
+        chosen, _ = task._chosen(None)
+        assert set(task.METHODS) - set(chosen) == {"scdiva_published"}
+        with pytest.raises(UnsupportedError, match="no trunk"):
+            task.evaluate_integration(cells, tiny_model, methods=["scdiva_published"], seeds=(0,))
+        fake.calls.clear()
+        fake.configs.clear()
+        data = task.BatchedCells.open(synthetic, tiny_trunk_model, "batch", "cell_type")
+        named = ["pca", "scanvi", "scdiva_labels", "scdiva_published"]
+        found = task.evaluate_integration(data, tiny_trunk_model, methods=named, seeds=(0,))
+        assert fake.configs == [None, IntegrationConfig.published()]
+        assert all(labels is not None for _, _, labels, _ in fake.calls)
+        assert found.best_baseline("scdiva_published", "avg_batch") == "scanvi"
+        assert "| scDiVa, published protocol (sees the labels) | yes |" in found.to_markdown()
 
     def test_unknown_methods_and_no_seeds(self, cells, tiny_model):
         with pytest.raises(ConfigError, match="'magic'"):

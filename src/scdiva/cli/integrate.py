@@ -27,7 +27,7 @@ def integrate(
         typer.Option("--save", help="Folder for the run and the model (in its 'bundle'), which maps further cells."),
     ] = None,
     published: Annotated[
-        bool, typer.Option("--published", help="The paper's loss: reconstruction, batch adversary, SupCon (labels).")
+        bool, typer.Option("--published", help="The paper's protocol: whole encoder, batch adversary, SupCon (labels).")
     ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Seed of views, partners and training.")] = 0,
     device: DeviceOption = "auto",
@@ -67,10 +67,15 @@ def integrate(
         f"{time.perf_counter() - started:.0f} s, over {record['n_genes']:,} genes"
         + (f" ({left_out:,} that not all batches measure left out)" if left_out else "")
     )
-    typer.echo(
-        f"{record['n_pairs_across_batches']:,} mutual nearest neighbours tie batches together; "
-        f"{record['share_of_cells_with_such_a_pair']:.0%} of the cells have one"
-    )
+    if record["trained"] == "whole encoder":
+        typer.echo(
+            f"trained: the whole encoder of {record['base_model']}, which reads {record['max_tokens']} genes a cell"
+        )
+    else:
+        typer.echo(
+            f"{record['n_pairs_across_batches']:,} mutual nearest neighbours tie batches together; "
+            f"{record['share_of_cells_with_such_a_pair']:.0%} of the cells have one"
+        )
     if record["supervised"]:
         typer.echo("the embedding has seen the labels: scores by these labels are those of a supervised method")
     typer.echo(f'{out}: .obsm["{key_added}"] ({found.z.shape[0]:,} x {found.z.shape[1]})')

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import cast
 
 import torch
 from torch import nn
@@ -181,6 +182,33 @@ class Block(nn.Module):
         x_TD = x_TD + self.attention(self.norm1(x_TD), packing, rotary)
         return x_TD + self.mlp(self.norm2(x_TD))
 
+    def first(
+        self, x_TD: torch.Tensor, packing: Packing, rotary: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
+        """Map ``(T, D)`` to ``(T, D)`` as :meth:`forward` does, for the first token of each sequence; others stay.
+
+        For the last layer of a transformer of which nothing but the first token is read: three quarters of its work,
+        forward and backward, would be for nothing.
+        """
+        attention = self.attention
+        n_tokens, width = x_TD.shape
+        qkv = attention.qkv(self.norm1(x_TD)).view(n_tokens, 3, attention.n_heads, width // attention.n_heads)
+        q_THK, k_THK, v_THK = qkv.unbind(1)
+        if rotary is not None:
+            q_THK, k_THK = rotate(q_THK, *rotary), rotate(k_THK, *rotary)
+        first_S = torch.tensor(packing.starts, device=x_TD.device)
+        dropout = attention.dropout if self.training else 0.0
+        attended = [
+            F.scaled_dot_product_attention(q_HK[:, None], k.transpose(0, 1), v.transpose(0, 1), dropout_p=dropout)
+            for q_HK, k, v in zip(
+                q_THK[first_S], k_THK.split(packing.lengths), v_THK.split(packing.lengths), strict=True
+            )
+        ]
+        written_SD = attention.out(torch.stack(attended).reshape(first_S.numel(), width))
+        x_SD = x_TD[first_S] + (F.dropout(written_SD, dropout) if dropout else written_SD)
+        x_SD = x_SD + self.mlp(self.norm2(x_SD))
+        return x_TD.index_copy(0, first_S, x_SD.to(x_TD.dtype))
+
 
 class Transformer(nn.Module):
     """Blocks and a final norm.
@@ -201,7 +229,14 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(width, n_heads, n_hidden, dropout) for _ in range(n_layers))
         self.norm = nn.RMSNorm(width, eps=1e-5)
 
-    def forward(self, x_TD: torch.Tensor, packing: Packing, position_T: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x_TD: torch.Tensor,
+        packing: Packing,
+        position_T: torch.Tensor | None = None,
+        *,
+        is_first_read: bool = False,
+    ) -> torch.Tensor:
         """Transform packed tokens.
 
         Parameters
@@ -212,6 +247,8 @@ class Transformer(nn.Module):
             The sequences.
         position_T
             Positions for RoPE; None: the tokens are a set.
+        is_first_read
+            The first token of every sequence is all that is read: the last layer leaves the others out.
 
         Returns
         -------
@@ -219,8 +256,10 @@ class Transformer(nn.Module):
             ``(T, D)``.
         """
         rotary = None if position_T is None else rotary_tables(position_T, self.width // self.n_heads)
-        for layer in self.layers:
+        *before, last = self.layers
+        for layer in before:
             x_TD = layer(x_TD, packing, rotary)
+        x_TD = cast(Block, last).first(x_TD, packing, rotary) if is_first_read else last(x_TD, packing, rotary)
         return self.norm(x_TD)
 
     def flops(self, packing: Packing) -> int:

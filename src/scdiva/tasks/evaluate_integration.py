@@ -22,12 +22,14 @@ from numpy.typing import NDArray
 
 from scdiva.baselines import integration as baselines
 from scdiva.baselines.common import require
+from scdiva.config import IntegrationConfig
 from scdiva.data.conditions import column_text, is_missing, refuse_missing_batches
 from scdiva.data.reader import open_counts
 from scdiva.data.source import open_source
 from scdiva.errors import ConfigError, ScdivaError, SourceError
 from scdiva.metrics import integration as metrics
 from scdiva.metrics.generation_space import NotMeasurableError
+from scdiva.models.scdiva.classifier import native_trunk
 from scdiva.tasks.embed import embed_cells
 from scdiva.tasks.evaluation_rows import append_row, content_hash, package_versions, read_rows, row_key
 from scdiva.tasks.integration_report import (
@@ -36,7 +38,9 @@ from scdiva.tasks.integration_report import (
     HEADLINES,
     METHODS,
     NULL,
+    ON_REQUEST,
     OURS,
+    SEES_LABELS,
     TITLES,
     IntegrationReport,
     Run,
@@ -173,7 +177,7 @@ def evaluate_integration(
     model
         What our methods start from.
     methods
-        Of :data:`METHODS`; all whose packages are installed if left out.
+        Of :data:`METHODS`; if left out, all whose packages are installed and that are not :data:`ON_REQUEST`.
     seeds
         Seeds of methods and of the clusterings of the scores.
     rows_path
@@ -190,13 +194,15 @@ def evaluate_integration(
     ConfigError
         An unknown method, or no seed.
     UnsupportedError
-        A method that was asked for needs a package that is not installed.
+        A method that was asked for needs a package that is not installed, or a model with a trunk.
     ScdivaError
         The controls are out of order (:func:`check_controls`); the rows are kept.
     """
     chosen, notes = _chosen(methods)
     if not seeds:
         raise ConfigError("no seeds", expected="at least one", fix="leave them out")
+    if "scdiva_published" in chosen:
+        native_trunk(model, "the published integration")
     wanted, lacking = measurable_metrics()
     if lacking:
         notes.append(
@@ -416,11 +422,11 @@ def _chosen(methods: Sequence[str] | None) -> tuple[tuple[str, ...], list[str]]:
     if methods is None:
         absent = [name for name, (module, _) in PACKAGES.items() if find_spec(module) is None]
         if not absent:
-            return METHODS, []
+            return tuple(name for name in METHODS if name not in ON_REQUEST), []
         packages = ", ".join(dict.fromkeys(PACKAGES[name][1] for name in absent))
         note = f"Not run, for want of {packages} (pip install 'scdiva[eval]'): {', '.join(TITLES[n] for n in absent)}."
         log.warning("%s", note)
-        return tuple(name for name in METHODS if name not in absent), [note]
+        return tuple(name for name in METHODS if name not in (*absent, *ON_REQUEST)), [note]
     unknown = [name for name in methods if name not in METHODS]
     if unknown or not methods:
         raise ConfigError(
@@ -480,11 +486,12 @@ def _embedding(
         return baselines.BASELINES[method](counts, data.batch, data.label, seed=seed)
     if method == "zero_shot":
         return embed_cells(model, data.cells)
-    labels = data.label if method == "scdiva_labels" else None
     # deferred: training loads lightning, which the other methods do not need
     from scdiva.tasks.integrate import integrate_cells
 
-    return integrate_cells(data.cells, data.batch, model, labels=labels, seed=seed, name=data.name).z
+    labels = data.label if method in SEES_LABELS else None
+    config = IntegrationConfig.published() if method == "scdiva_published" else None
+    return integrate_cells(data.cells, data.batch, model, labels=labels, config=config, seed=seed, name=data.name).z
 
 
 def _notes(data: BatchedCells, n_drawn: int) -> list[str]:

@@ -23,21 +23,22 @@ from numpy.typing import NDArray
 
 from scdiva.config import IntegrationConfig, LoopConfig, NativeConfig
 from scdiva.data.components import fit_components, log_cp10k, variable_genes
-from scdiva.data.conditions import column_text, is_missing, refuse_missing_batches
+from scdiva.data.conditions import ConditionLabels, column_text, is_missing, refuse_missing_batches
 from scdiva.data.reader import open_counts
 from scdiva.data.source import open_source
 from scdiva.data.splits import hold_out
 from scdiva.data.thinning import thin_counts
-from scdiva.errors import ConfigError, GeneError, OutputError, SourceError
+from scdiva.errors import ConfigError, GeneError, OutputError, SourceError, UnsupportedError
 from scdiva.metrics.generation_space import NotMeasurableError
 from scdiva.metrics.integration import asw_label, batch_label_confounding, kmeans_agreement
 from scdiva.models.neighbours import BatchNeighbours, cells_per_kind
 from scdiva.models.scdiva.inputs import PackedCells
-from scdiva.models.scdiva.integration import MONITOR, IntegrationData, IntegrationObjective
+from scdiva.models.scdiva.integration import MONITOR, IntegrationData, IntegrationObjective, Score
 from scdiva.models.scdiva.model import ScDiVa, build_network
 from scdiva.models.scdiva.native import NativeNetwork
+from scdiva.models.scdiva.whole_encoder import WholeEncoderObjective
 from scdiva.tasks.embed import embed, embed_cells
-from scdiva.types import CellCounts
+from scdiva.types import CellCounts, Objective
 
 if TYPE_CHECKING:
     from scdiva.data.source import DataLike
@@ -52,6 +53,7 @@ MIN_SHARED_GENES = 100
 _BLOCK = 2048
 _MIN_SCORED_CELLS = 20
 _EXPECTED_MOLECULES = 20
+_ENCODER_PASSES = 10
 _VIEW_SHARES = (0.4, 0.8)
 _MODEL_SCALE, _OWN_SCALE = 1 / 3, 1.0
 """Standard deviations of what the encoder reads of the model and of the data's own components (docs/experiments.md)."""
@@ -68,7 +70,8 @@ class Integrated:
     Parameters
     ----------
     model
-        Embeds cells of these and of other batches; has an anchor, and no trunk.
+        Embeds cells of these and of other batches. It has an anchor and no trunk, and embeds z; where the whole encoder
+        was trained it is the model that was given, fine-tuned, and embeds LayerNorm([z; h_LAT]).
     z
         ``(n_cells, n_latent)`` float32 embedding of the cells that were given.
     record
@@ -100,7 +103,8 @@ def integrate(
     data
         Raw counts.
     model
-        A native model: its gene embeddings and vocabulary are used; it is not changed.
+        A native model: its gene embeddings and vocabulary are used, or, with ``config.whole_encoder``, all of it; it is
+        not changed.
     batch_key
         Column of ``.obs``; every cell has a batch.
     label_key
@@ -204,7 +208,7 @@ def integrate_cells(
     ConfigError
         A supervised loss without labels.
     UnsupportedError
-        The model is not native.
+        The model is not native, or has no trunk although the whole encoder is to be trained.
     OutputError
         ``out_dir`` holds a bundle that no run of it has made.
     TrainingError, NonFiniteLossError, OutputError
@@ -216,6 +220,8 @@ def integrate_cells(
     began = time.monotonic()
     model.native("integration")
     config = config or IntegrationConfig()
+    if config.whole_encoder:
+        _refuse_without_trunk(model)
     _refuse_foreign_bundle(out_dir)
     batches, code = _coded_batches(batch, cells.n_cells)
     types, label = _coded_labels(labels, cells.n_cells)
@@ -238,28 +244,31 @@ def integrate_cells(
     chosen = replace(cells.take(rows), cell_index=np.arange(rows.size))
     # a caller's inference mode would take the gradients away
     with torch.inference_mode(False):
-        data, network, sizes = _start(chosen, code[rows], label[rows], small, config, seed)
         has_score = is_supervised and config.stops_early
-        loop = loop or loop_config(rows.size, seed=seed, device=model.device.type, stops_early=has_score)
+        loop = loop or loop_config(
+            rows.size,
+            seed=seed,
+            device=model.device.type,
+            stops_early=has_score,
+            whole_encoder=config.whole_encoder,
+        )
         train, heldout = np.arange(rows.size), np.zeros(0, dtype=np.int64)
         if has_score:
             rng = np.random.default_rng([loop.seed, _SPLIT_STREAM])
             train, heldout = hold_out(np.zeros(rows.size, dtype=str), loop.data.heldout_fraction, rng)
-            _refuse_few_labels(label[rows][heldout])
-        objective = IntegrationObjective(
-            network,
-            config,
-            data,
-            max_steps=loop.training.max_steps,
-            heldout=heldout,
-            score=_score if has_score else None,
-        )
+            _refuse_few_labels(label[rows][heldout], loop.data.heldout_fraction)
+        of_cells = (code[rows], label[rows])
+        score = _score if has_score else None
+        if config.whole_encoder:
+            setup = _whole_encoder(small, of_cells, train, config, loop, score)
+        else:
+            setup = _anchor_alone(chosen, of_cells, small, (train, heldout), config, loop, score, seed)
         folder = nullcontext(out_dir) if out_dir is not None else tempfile.TemporaryDirectory(prefix="scdiva-")
         with folder as out:
             fitted = fit(
-                objective,
+                setup.objective,
                 _InMemory(chosen, rows, name),
-                train_indices=_balanced(train, data, config, loop),
+                train_indices=setup.drawn,
                 heldout_indices=heldout,
                 config=loop,
                 out_dir=str(out),
@@ -281,14 +290,15 @@ def integrate_cells(
         "n_genes_dropped": n_dropped,
         "n_empty_cells": n_empty,
         "n_cells_trained_on": int(rows.size),
-        "n_pairs_across_batches": data.neighbours.n_pairs,
-        "share_of_cells_with_such_a_pair": float(data.neighbours.has_across.mean()),
+        **setup.facts,
         "steps": fitted.best_step,
         "settings": config.model_dump_json(),
     }
     details = _details(small, name, used, train.size, heldout.size, fitted, loop, chosen)
-    details["trained_heads"] = ["anchor", *(["profile_decoder"] if config.reconstruction_weight > 0 else [])]
-    integrated = ScDiVa(network, sizes, small.vocabulary, small.statistics, details=details)
+    details["trained_heads"] = list(setup.trained)
+    integrated = ScDiVa(
+        setup.network, setup.sizes, small.vocabulary, small.statistics, details=details, labels=setup.labels
+    )
     if out_dir is not None:
         integrated.save_pretrained(Path(out_dir) / BUNDLE, overwrite=True)
         integrated = ScDiVa.from_pretrained(Path(out_dir) / BUNDLE, device="cpu")
@@ -298,11 +308,95 @@ def integrate_cells(
     return Integrated(integrated, z, {**record, "minutes": (time.monotonic() - began) / 60})
 
 
-def loop_config(n_cells: int, *, seed: int = 0, device: str = "auto", stops_early: bool = False) -> LoopConfig:
+@dataclass(frozen=True, slots=True)
+class _Setup:
+    """What is trained, on which cells, and what becomes of it: the network of the objective, its sizes and labels."""
+
+    objective: Objective
+    network: NativeNetwork
+    sizes: NativeConfig
+    labels: ConditionLabels
+    drawn: NDArray[np.int64]
+    trained: tuple[str, ...]
+    facts: Mapping[str, Any]
+
+
+def _anchor_alone(
+    cells: CellCounts,
+    of_cells: tuple[NDArray[np.int64], NDArray[np.int64]],
+    model: ScDiVa,
+    split: tuple[NDArray[np.int64], NDArray[np.int64]],
+    config: IntegrationConfig,
+    loop: LoopConfig,
+    score: Score | None,
+    seed: int,
+) -> _Setup:
+    """Set up layers of an anchor on the model's gene embeddings and the data's own components."""
+    data, network, sizes = _start(cells, *of_cells, model, config, seed)
+    objective = IntegrationObjective(
+        network, config, data, max_steps=loop.training.max_steps, heldout=split[1], score=score
+    )
+    facts = {
+        "trained": "layers of an anchor",
+        "n_pairs_across_batches": data.neighbours.n_pairs,
+        "share_of_cells_with_such_a_pair": float(data.neighbours.has_across.mean()),
+    }
+    heads = ("anchor", *(["profile_decoder"] if config.reconstruction_weight > 0 else []))
+    drawn = _balanced(split[0], data, config, loop)
+    return _Setup(objective, network, sizes, ConditionLabels.none(), drawn, heads, facts)
+
+
+def _whole_encoder(
+    model: ScDiVa,
+    of_cells: tuple[NDArray[np.int64], NDArray[np.int64]],
+    train: NDArray[np.int64],
+    config: IntegrationConfig,
+    loop: LoopConfig,
+    score: Score | None,
+) -> _Setup:
+    """Set up all of the model: anchor, gene embeddings, trunk."""
+    objective = WholeEncoderObjective(model, config, *of_cells, max_steps=loop.training.max_steps, score=score)
+    # heads that are not trained along no longer fit the trunk that they read
+    heads = [head for head in model.details.get("trained_heads", ()) if head != "anchor"]
+    trained = ("anchor", "trunk", *(heads if config.reconstruction_weight > 0 else []))
+    facts = {"trained": "whole encoder", "max_tokens": objective.sizes.trunk.max_tokens}
+    return _Setup(objective, objective.denoising.network, objective.sizes, model.labels, train, trained, facts)
+
+
+def loop_config(
+    n_cells: int,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    stops_early: bool = False,
+    whole_encoder: bool = False,
+) -> LoopConfig:
     """Return the settings of the training loop for so many cells (chosen by docs/experiments.md).
 
-    Without labels nothing measurable tells a better step from a worse one, and the last one is kept.
+    Without labels nothing measurable tells a better step from a worse one, and the last one is kept. A whole encoder is
+    trained on about ten passes over the cells, 100 to 1,000 steps of at most 128 cells (the paper: 50 passes, 256
+    cells; ours is what a CPU does in minutes).
     """
+    if whole_encoder:
+        batch_size = int(np.clip(n_cells // 4, 16, 128))
+        return LoopConfig.model_validate(
+            {
+                "seed": seed,
+                "data": {"heldout_fraction": 0.1, "block_size": 1},
+                "optim": {"lr": 1e-3, "warmup_steps": 20, "ema_decay": 0.95},
+                "training": {
+                    "max_steps": int(np.clip(_ENCODER_PASSES * n_cells // batch_size, 100, 1000)),
+                    "batch_size": batch_size,
+                    "validate_every": 25,
+                    "patience": 6 if stops_early else 0,
+                    "checkpoint_every": 100,
+                    "keep_checkpoints": 1,
+                    "log_every": 25,
+                    "n_validation_cells": 2048,
+                    "device": device if device in ("cpu", "cuda") else "auto",
+                },
+            }
+        )
     return LoopConfig.model_validate(
         {
             "seed": seed,
@@ -381,6 +475,16 @@ def _refuse_foreign_bundle(out_dir: str | Path | None) -> None:
             f"{Path(out_dir) / BUNDLE} exists, and {out_dir} holds no run",
             expected="a new folder, or that of the same run",
             fix="name another one",
+        )
+
+
+def _refuse_without_trunk(model: ScDiVa) -> None:
+    if model.native("integration").trunk is None:
+        raise UnsupportedError(
+            f"{model.name} has no trunk, and the published protocol trains a whole encoder",
+            expected="a native model with a trunk (scdiva inspect: model, trunk, n_layers)",
+            fix="use a model such as scdiva-blood-tiny, or integrate without --published; in Python the same loss "
+            "trains layers of an anchor with IntegrationConfig.published().model_copy(update={'whole_encoder': False})",
         )
 
 
@@ -511,13 +615,16 @@ def _balanced(
     return rng.choice(train, n_draws, p=weight / weight.sum()).astype(np.int64)
 
 
-def _refuse_few_labels(label: NDArray[np.int64]) -> None:
+def _refuse_few_labels(label: NDArray[np.int64], share: float) -> None:
+    """Refuse held-out cells that cannot be scored; ``share`` is that of the held-out cells."""
     known = label[label >= 0]
     if known.size < _MIN_SCORED_CELLS or np.unique(known).size < 2:
         raise SourceError(
             f"{known.size} held-out cells with a label, of {np.unique(known).size} types",
             expected=f"at least {_MIN_SCORED_CELLS} of two types: early stopping goes by them",
-            fix="give more labelled cells, or a loss that does not stop early (stops_early=False)",
+            fix=f"label at least {round(_MIN_SCORED_CELLS / share)} cells or so, of which {share:.0%} are held out; or "
+            "train without early stopping: on the command line leave out --published, in Python give "
+            "config.model_copy(update={'stops_early': False})",
         )
 
 

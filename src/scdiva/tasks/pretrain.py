@@ -422,7 +422,7 @@ def population_of(model: ScDiVa, cells: CellCollection, indices: NDArray[np.int6
     chosen = indices if indices.size <= MAX_RECORDS else np.sort(rng.choice(indices, MAX_RECORDS, replace=False))
     blocks = list(ordered_blocks(cells, _BLOCK, indices=chosen))
     # z of a part of each cell: of a whole one it would follow its noise, which a cell drawn from it would repeat
-    z = np.concatenate([model.embed(thin_counts(block, PRIOR_VIEW_SHARE, rng)) for block in blocks])
+    z = np.concatenate([model.latent(thin_counts(block, PRIOR_VIEW_SHARE, rng)) for block in blocks])
     condition = np.concatenate([block.condition for block in blocks])
     sizes = np.concatenate(
         [np.stack([np.asarray(b.counts.sum(axis=1)).ravel(), np.diff(b.counts.indptr)], axis=1) for b in blocks]

@@ -51,7 +51,8 @@ def integrate(
     key_added
         Slot in ``.obsm``.
     config
-        The loss; ``IntegrationConfig.published()`` is the protocol of the paper.
+        The loss; ``IntegrationConfig.published()`` is the protocol of the paper, which fine-tunes the whole of a model
+        with a trunk; what is then written is LayerNorm([z; h_LAT]).
     save
         New folder for the run: log, curve, and the model, whose bundle is ``save/bundle``. The same call resumes.
     seed

@@ -24,14 +24,13 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from scdiva.config import NativeConfig
-from scdiva.diffusion import Masks
 from scdiva.errors import BundleError, ConfigError, UnsupportedError
 from scdiva.models.scdiva.inputs import MaskedCells, OnDevice
 from scdiva.models.scdiva.native import NativeNetwork, Trunk
 from scdiva.models.scdiva.objectives import tokeniser_of
 from scdiva.nn import Packing, ResidualMLP
 from scdiva.nn.lora import add_lora
-from scdiva.nn.transformer import Block, rotate
+from scdiva.nn.transformer import Block
 from scdiva.types import CellCounts, LossOutput
 
 if TYPE_CHECKING:
@@ -90,10 +89,9 @@ def native_trunk(model: ScDiVa, task: str) -> tuple[NativeNetwork, Trunk]:
 
 
 class FirstTokenBlock(nn.Module):
-    """A block that is computed for the first token of every sequence; the others stay as they come.
+    """A block that is computed for the first token of every sequence (:meth:`scdiva.nn.transformer.Block.first`).
 
-    The last layer of a trunk of which nothing but the first token is read: three quarters of its work, forward and
-    backward, would be for nothing.
+    Annotators name their trained weights by it, as the last layer of a trunk.
 
     Parameters
     ----------
@@ -109,24 +107,9 @@ class FirstTokenBlock(nn.Module):
         self, x_TD: torch.Tensor, packing: Packing, rotary: tuple[torch.Tensor, torch.Tensor] | None
     ) -> torch.Tensor:
         """Map ``(T, D)`` to ``(T, D)``."""
-        attention = self.block.attention
-        n_tokens, width = x_TD.shape
-        qkv = attention.qkv(self.block.norm1(x_TD)).view(n_tokens, 3, attention.n_heads, width // attention.n_heads)
-        q_THK, k_THK, v_THK = qkv.unbind(1)
-        if rotary is not None:
-            q_THK, k_THK = rotate(q_THK, *rotary), rotate(k_THK, *rotary)
-        first_S = torch.tensor(packing.starts, device=x_TD.device)
-        dropout = attention.dropout if self.training else 0.0
-        attended = [
-            F.scaled_dot_product_attention(q_HK[:, None], k.transpose(0, 1), v.transpose(0, 1), dropout_p=dropout)
-            for q_HK, k, v in zip(
-                q_THK[first_S], k_THK.split(packing.lengths), v_THK.split(packing.lengths), strict=True
-            )
-        ]
-        written_SD = attention.out(torch.stack(attended).reshape(first_S.numel(), width))
-        x_SD = x_TD[first_S] + (F.dropout(written_SD, dropout) if dropout else written_SD)
-        x_SD = x_SD + self.block.mlp(self.block.norm2(x_SD))
-        return x_TD.index_copy(0, first_S, x_SD.to(x_TD.dtype))
+        return self.block.first(x_TD, packing, rotary)
+
+    first = forward
 
 
 class ClassifierHead(nn.Module):
@@ -214,10 +197,7 @@ class CellClassifier(nn.Module):
 
         The generator is used by the random order of the ordering ablation only.
         """
-        n_tokens = np.diff(cells.counts.indptr)
-        nothing = np.zeros(int(n_tokens.sum()), dtype=bool)
-        masks = Masks(nothing, nothing, np.zeros(n_tokens.size, dtype=np.int64))
-        return self.tokeniser.corrupt(cells, masks, rng)[0]
+        return self.tokeniser.unmasked(cells, rng)
 
     @torch.inference_mode()
     def said(self, cells: CellCounts, *, use_bf16: bool = False) -> tuple[NDArray[np.float32], NDArray[np.float64]]:

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from scdiva.diffusion import Masks
 from scdiva.serialization import TokenOrder, log1p_cp10k, token_ranks
 from scdiva.types import CellCounts
 
 if TYPE_CHECKING:
     from scdiva.data.statistics import GeneStatistics
-    from scdiva.diffusion import Masks
 
 
 MAX_SCORED_SLOTS = 64
@@ -232,6 +232,20 @@ class Tokeniser:
     max_tokens: int
     order: TokenOrder
     has_positions: bool
+
+    def unmasked(self, cells: CellCounts, rng: np.random.Generator) -> MaskedCells:
+        """Return whole cells, nothing of them hidden, as the network reads them.
+
+        Parameters
+        ----------
+        cells
+            The cells; their conditions are told where they have any.
+        rng
+            Used by ``order = "random"`` only.
+        """
+        n_tokens = np.diff(cells.counts.indptr)
+        nothing = np.zeros(int(n_tokens.sum()), dtype=bool)
+        return self.corrupt(cells, Masks(nothing, nothing, np.zeros(n_tokens.size, dtype=np.int64)), rng)[0]
 
     def corrupt(
         self,

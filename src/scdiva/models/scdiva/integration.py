@@ -9,9 +9,9 @@ it has not seen. It starts at the principal components of the data, and is train
 - *alignment*: within each cluster of a minibatch, batches have the same centre;
 - with labels, *SupCon* (Khosla et al. 2020): cells of one type are close.
 
-The published protocol (methods A.8) is there as well: a batch discriminator behind gradient reversal (Ganin et al.
-2016), SupCon on a projection, and reconstruction of counts. The rest is our own; docs/integration.md has what each part
-does.
+The loss of the published protocol (methods A.8) is there as well: a batch discriminator behind gradient reversal (Ganin
+et al. 2016), SupCon on a projection, and reconstruction of counts. On the whole encoder, as published, it is trained in
+``whole_encoder.py``. The rest is our own; docs/integration.md has what each part does.
 
 Shape letters: B cells of a minibatch, N cells, V views, E gene embedding, Z latent, K clusters, D batches, G genes.
 """
@@ -156,6 +156,32 @@ def reversal_factor(progress: float) -> float:
     return 2.0 / (1.0 + math.exp(-10.0 * progress)) - 1.0
 
 
+def batch_discriminator(n_read: int, n_batches: int, config: IntegrationConfig) -> nn.Sequential:
+    """Return what tells batches apart (methods A.8), ``(B, n_read)`` to logits ``(B, n_batches)``."""
+    return nn.Sequential(
+        nn.Linear(n_read, _DISCRIMINATOR_WIDTH),
+        nn.ReLU(),
+        nn.Dropout(_DROPOUT),
+        nn.Linear(_DISCRIMINATOR_WIDTH, n_batches),
+    ).requires_grad_(config.adversarial_weight > 0)
+
+
+def supcon_projection(n_read: int, config: IntegrationConfig) -> nn.Sequential:
+    """Return the projection that SupCon reads (methods A.8), ``(B, n_read)`` to ``(B, 128)``."""
+    return nn.Sequential(
+        nn.Linear(n_read, _DISCRIMINATOR_WIDTH),
+        nn.ReLU(),
+        nn.Linear(_DISCRIMINATOR_WIDTH, _PROJECTION_WIDTH),
+    ).requires_grad_(config.has_projection)
+
+
+def scored(score: Score, z_BZ: torch.Tensor, label_B: torch.Tensor, batch_B: torch.Tensor) -> torch.Tensor:
+    """1 - the score of the cells of known type: the held-out term :data:`MONITOR`."""
+    known = label_B >= 0
+    codes = (label_B[known].cpu().numpy(), batch_B[known].cpu().numpy())
+    return torch.tensor(1.0 - score(np.asarray(z_BZ[known].cpu()), *codes))
+
+
 class IntegrationObjective(nn.Module):
     """The loss of integration.
 
@@ -200,17 +226,8 @@ class IntegrationObjective(nn.Module):
         # PyTorch's layers draw their first weights from the global generator, which is the caller's
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # manual_seed would set those of all devices
-            self.discriminator = nn.Sequential(
-                nn.Linear(n_latent, _DISCRIMINATOR_WIDTH),
-                nn.ReLU(),
-                nn.Dropout(_DROPOUT),
-                nn.Linear(_DISCRIMINATOR_WIDTH, n_batches),
-            ).requires_grad_(config.adversarial_weight > 0)
-            self.projection = nn.Sequential(
-                nn.Linear(n_latent, _DISCRIMINATOR_WIDTH),
-                nn.ReLU(),
-                nn.Linear(_DISCRIMINATOR_WIDTH, _PROJECTION_WIDTH),
-            ).requires_grad_(config.has_projection)
+            self.discriminator = batch_discriminator(n_latent, n_batches, config)
+            self.projection = supcon_projection(n_latent, config)
         self.batch_profile: nn.Parameter | None = None
         if config.reconstruction_weight > 0:
             for module in (anchor.decoder, anchor.decoder_mlp):
@@ -303,9 +320,7 @@ class IntegrationObjective(nn.Module):
         total = sum((weight * value for weight, value in parts.values()), start=0.0 * z_BZ.sum())
         terms = {name: value.detach() for name, (_, value) in parts.items()}
         if not self.training and self.score is not None:
-            known = inputs.label_B >= 0
-            codes = (inputs.label_B[known].cpu().numpy(), inputs.batch_B[known].cpu().numpy())
-            terms[MONITOR] = torch.tensor(1.0 - self.score(np.asarray(z_BZ[known].cpu()), *codes))
+            terms[MONITOR] = scored(self.score, z_BZ, inputs.label_B, inputs.batch_B)
         return LossOutput(total, terms, inputs.n_cells)
 
     def _reconstruction(self, counts: Counts, batch_B: torch.Tensor) -> torch.Tensor:

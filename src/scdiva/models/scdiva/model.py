@@ -18,7 +18,6 @@ from pydantic import ValidationError
 from scdiva.config import ModelConfig, NativeConfig, OfficialConfig
 from scdiva.data.conditions import ConditionLabels
 from scdiva.data.statistics import CP10K, GeneStatistics
-from scdiva.diffusion import Masks
 from scdiva.diffusion.samplers import Sampler, SetState, sample_sets
 from scdiva.errors import BundleError, ConfigError, GeneError, UnsupportedError
 from scdiva.genes import GeneVocabulary
@@ -83,6 +82,7 @@ def build_network(n_genes: int, config: ModelConfig, labels: ConditionLabels | N
         return DenseNetwork(n_genes, config)
 
 
+_STATE_BLOCK = 256
 # keys of config.json that are written anew by each save
 _OWN_KEYS = frozenset({"format", "family", "model", "n_parameters", "vocabulary_fingerprint"})
 
@@ -297,7 +297,10 @@ class ScDiVa:
 
     @property
     def n_latent(self) -> int:
-        """Number of embedding dimensions Z."""
+        """Number of dimensions of what :meth:`embed` returns: Z, or more where it is the state."""
+        if self._embeds_state:
+            assert isinstance(self.config, NativeConfig)
+            return self.network.n_latent + self.config.trunk.width
         return self.network.n_latent
 
     @property
@@ -335,8 +338,28 @@ class ScDiVa:
         Returns
         -------
         numpy.ndarray
-            ``(n_cells, n_latent)`` float32. Each cell's row depends on that cell alone. A cell without a count in any
-            gene of the vocabulary gets the model's point of no information (the same for all such cells).
+            ``(n_cells, n_latent)`` float32: z, or, of a model whose configuration says so (``embeds = "state"``), the
+            state of :meth:`cell_state` with no condition told. Each cell's row depends on that cell alone. A cell
+            without a count in any gene of the vocabulary gets the model's point of no information (the same for all
+            such cells).
+        """
+        if not self._embeds_state:
+            return self.latent(cells)
+        # labels of the cells must not be in an embedding
+        untold = replace(cells, condition=np.zeros((cells.n_cells, 0), dtype=np.int32))
+        # tokens take more memory than what z pools
+        blocks = (np.arange(i, min(i + _STATE_BLOCK, cells.n_cells)) for i in range(0, cells.n_cells, _STATE_BLOCK))
+        states = [self.cell_state(untold.take(rows)) for rows in blocks]
+        return np.concatenate(states) if states else np.empty((0, self.n_latent), dtype=np.float32)
+
+    @torch.inference_mode()
+    def latent(self, cells: CellCounts) -> NDArray[np.float32]:
+        """Return z of cells, ``(n_cells, Z)`` float32: the embedding of most models (:meth:`embed`).
+
+        Parameters
+        ----------
+        cells
+            Raw counts in the order of :attr:`vocabulary`.
         """
         if isinstance(self.network, NativeNetwork):
             packed = PackedCells.pack(cells).to(self.device)
@@ -371,15 +394,9 @@ class ScDiVa:
         assert isinstance(self.config, NativeConfig)
         if cells.condition.shape[1] == 0:  # read without labels: all are unknown
             cells = replace(cells, condition=np.zeros((cells.n_cells, self.labels.n_fields), dtype=np.int32))
-        n_tokens = np.diff(cells.counts.indptr)
-        nothing = np.zeros(int(n_tokens.sum()), dtype=bool)
-        masks = Masks(nothing, nothing, np.zeros(n_tokens.size, dtype=np.int64))
+        tokeniser = tokeniser_of(self.config, self.statistics)
         # the generator is used by the random order of the ordering ablation only
-        return (
-            tokeniser_of(self.config, self.statistics)
-            .corrupt(cells, masks, np.random.default_rng(0))[0]
-            .to(self.device)
-        )
+        return tokeniser.unmasked(cells, np.random.default_rng(0)).to(self.device)
 
     def native(self, task: str) -> NativeNetwork:
         """Return the network if it is native.
@@ -392,6 +409,19 @@ class ScDiVa:
         if not isinstance(self.network, NativeNetwork):
             raise self._unsupported(task)
         return self.network
+
+    @property
+    def _embeds_state(self) -> bool:
+        return isinstance(self.config, NativeConfig) and self.config.embeds == "state"
+
+    def _refuse_state(self, task: str) -> None:
+        """Refuse what starts at an embedding where the embedding is not z."""
+        if self._embeds_state:
+            raise UnsupportedError(
+                f"{self.name} embeds cells as states, LayerNorm([z; h_LAT]), which {task} cannot start from",
+                expected="a model that embeds z (scdiva inspect: model, embeds)",
+                fix="use the model that it was integrated from",
+            )
 
     def _unsupported(self, task: str) -> UnsupportedError:
         return UnsupportedError(
@@ -420,10 +450,11 @@ class ScDiVa:
         Raises
         ------
         UnsupportedError
-            The model is not native.
+            The model is not native, or embeds states.
         UntrainedHeadError
             Its profile decoder was never trained.
         """
+        self._refuse_state("profile decoding")
         anchor = self.native("profile decoding").anchor
         require_profile_decoder(tuple(self.details.get("trained_heads", ())), self.name)
         log_rate = anchor.log_rates(torch.from_numpy(np.asarray(z, dtype=np.float32)).to(self.device)).float()
@@ -499,11 +530,12 @@ class ScDiVa:
         Raises
         ------
         UnsupportedError
-            The model is not native, reads sequences, or has no count likelihood.
+            The model is not native, reads sequences, has no count likelihood, or embeds states.
         UntrainedHeadError
             The heads of genes and values are not both trained.
         """
         network = self.native("generation")
+        self._refuse_state("generation")
         assert isinstance(self.config, NativeConfig)
         require_native_heads(tuple(self.details.get("trained_heads", ())), self.name)
         trunk = self.config.trunk

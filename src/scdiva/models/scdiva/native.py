@@ -182,9 +182,15 @@ class Trunk(nn.Module):
             self.dispersion_head = nn.Linear(width, n_embedding + 1)
 
     def forward(
-        self, cells: MaskedCells, z_BZ: torch.Tensor, gene_embedding: torch.Tensor, mean_log_depth: torch.Tensor
+        self,
+        cells: MaskedCells,
+        z_BZ: torch.Tensor,
+        gene_embedding: torch.Tensor,
+        mean_log_depth: torch.Tensor,
+        *,
+        is_lat_read: bool = False,
     ) -> TrunkStates:
-        """Read the visible part of some cells."""
+        """Read the visible part of some cells; with ``is_lat_read`` the state of [LAT] alone is what it should be."""
         tokens_ND = self._gene_tokens(cells, gene_embedding)
         special = torch.stack(self._special_tokens(cells, z_BZ, mean_log_depth), dim=1)
         n_cells, n_special, width = special.shape
@@ -203,7 +209,7 @@ class Trunk(nn.Module):
         if self.is_sequence:
             specials_at_0 = torch.zeros(n_cells * n_special, dtype=torch.int64, device=device)
             position_T = torch.cat([specials_at_0, 1 + cells.position_N, 1 + cells.slot_position_S])[order_T]
-        h_TD = self.transformer(x_TD, packing, position_T)
+        h_TD = self.transformer(x_TD, packing, position_T, is_first_read=is_lat_read)
         h_TD = torch.empty_like(h_TD).index_copy(0, order_T, h_TD)
         special_BSD, token_ND, slot_SD = h_TD.split([n_cells * n_special, tokens_ND.shape[0], slots.shape[0]])
         special_BSD = special_BSD.view(n_cells, n_special, width)
@@ -428,7 +434,7 @@ class NativeNetwork(nn.Module):
         z_BZ = self.latent(cells)
         if self.trunk is None:
             return F.layer_norm(z_BZ, z_BZ.shape[1:])
-        states = self.trunk(cells, z_BZ, self.anchor.gene_embedding, self.mean_log_depth)
+        states = self.trunk(cells, z_BZ, self.anchor.gene_embedding, self.mean_log_depth, is_lat_read=True)
         joined = torch.cat([z_BZ, states.lat_BD.float()], dim=1)
         return F.layer_norm(joined, joined.shape[1:])
 
