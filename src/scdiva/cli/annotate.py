@@ -13,6 +13,8 @@ import typer
 from scdiva.cli.common import DEFAULT_MODEL, DeviceOption, FileArgument, LayerOption, ModelOption, OverwriteOption
 
 FALSE_UNKNOWN_RATE = 0.05
+_MANY_UNKNOWN = 0.2
+"""Share of unknown cells from which another method is spoken of."""
 
 
 def annotate(
@@ -177,6 +179,8 @@ def annotate(
         f"{int(found.is_unknown.sum()):,} cells are unlike the reference (.obs['scdiva_unknown']); in the reference "
         f"{record['reference']['false_unknown_rate']:.0%} are"
     )
+    if record["method"] == "probe" and found.is_unknown.mean() > _MANY_UNKNOWN:
+        typer.echo("if FILE is of another laboratory or in another state: --method consensus (docs/annotation.md)")
     without = record["reference"]["labels_without_ontology_id"]
     if without:
         typer.echo(f"no Cell Ontology id for: {', '.join(without)} (--ontology 'LABEL=CL:...')")
