@@ -568,55 +568,26 @@ def fit_annotator(
     """
     done: MutableMapping[str, Fitted] = {} if fitted is None else fitted
 
-    def part(wanted: str) -> Any:
-        if wanted not in done:
-            started = time.perf_counter()
-            found = _fit_one(
-                wanted,
+    def fit(wanted: str) -> Annotator:
+        if wanted == "reference":
+            return ReferenceIndex.fit(z, code, n_classes, false_unknown_rate=false_unknown_rate)
+        if wanted == "probe":
+            return Probe.fit(
                 cells,
                 z,
                 code,
                 n_classes,
-                model,
-                unlabelled=unlabelled,
                 seed=seed,
                 is_balanced=is_balanced,
                 false_unknown_rate=false_unknown_rate,
-                name=name,
+                unlabelled=unlabelled,
             )
-            done[wanted] = Fitted(found, time.perf_counter() - started)
-        return done[wanted].annotator
-
-    if method == "consensus":
-        probe, index, integrated = (part(wanted) for wanted in ("probe", "reference", "integrate"))
-        return Consensus.fit(probe, index, integrated, code, false_unknown_rate=false_unknown_rate)
-    found: Annotator = part(method)
-    return found
-
-
-def _fit_one(
-    method: str,
-    cells: CellCounts,
-    z: NDArray[np.float32],
-    code: NDArray[np.integer],
-    n_classes: int,
-    model: Embedder,
-    *,
-    unlabelled: tuple[CellCounts, NDArray[np.float32]] | None,
-    seed: int,
-    is_balanced: bool,
-    false_unknown_rate: float,
-    name: str,
-) -> Annotator:
-    if method == "reference":
-        return ReferenceIndex.fit(z, code, n_classes, false_unknown_rate=false_unknown_rate)
-    if method not in ("probe", "integrate"):
-        raise ConfigError(
-            f"method {method!r} trains the network",
-            expected="reference, probe, integrate or consensus",
-            fix="use fit_cell_typer",
-        )
-    if method == "integrate":
+        if wanted != "integrate":
+            raise ConfigError(
+                f"method {wanted!r} trains the network",
+                expected="reference, probe, integrate or consensus",
+                fix="use fit_cell_typer",
+            )
         if unlabelled is None:
             raise ConfigError(
                 "nothing to integrate the reference with", expected="unlabelled=...", fix="give cells of the query"
@@ -631,16 +602,19 @@ def _fit_one(
             false_unknown_rate=false_unknown_rate,
             name=f"{name} and the query",
         )
-    return Probe.fit(
-        cells,
-        z,
-        code,
-        n_classes,
-        seed=seed,
-        is_balanced=is_balanced,
-        false_unknown_rate=false_unknown_rate,
-        unlabelled=unlabelled,
-    )
+
+    def part(wanted: str) -> Any:
+        if wanted not in done:
+            started = time.perf_counter()
+            found = fit(wanted)
+            done[wanted] = Fitted(found, time.perf_counter() - started)
+        return done[wanted].annotator
+
+    if method == "consensus":
+        probe, index, integrated = (part(wanted) for wanted in ("probe", "reference", "integrate"))
+        return Consensus.fit(probe, index, integrated, code, false_unknown_rate=false_unknown_rate)
+    found: Annotator = part(method)
+    return found
 
 
 def _held_out_scores(
