@@ -64,8 +64,9 @@ def show(report: AnnotationReport, title: str) -> None:
         for task in report.kinds.get(kind, ()):
             groups.setdefault(f"{kind}, {n_per_type(task)}", []).append(task)
             best = report.best_baseline(task)
-            cells = [f"{mean(report, task, name):.3f}" for name in ours]
+            cells = [marked(report, task, name) for name in ours]
             print(f"| {task} | {TITLES[best]} | {mean(report, task, best):.3f} | {' | '.join(cells)} |")
+    print("\nBold: above the best baseline (95 % interval of the difference); †: below it.")
     few_or_across = [t for name, tasks in groups.items() for t in tasks if is_few(name) or name.startswith(KINDS[1])]
     groups["**few labels within sets, and across sets**"] = few_or_across
     print(f"\n| {title}: median over tasks of the difference from | | tasks | {' | '.join(TITLES[n] for n in ours)} |")
@@ -78,6 +79,14 @@ def show(report: AnnotationReport, title: str) -> None:
             gaps = [[mean(report, t, method) for t in tasks] for method in ours]
             cells = [f"{np.median(np.array(gap) - np.array(values)):+.3f}" for gap in gaps]
             print(f"| {name} | {rival} | {len(tasks)} | {' | '.join(cells)} |")
+
+
+def marked(report: AnnotationReport, task: str, method: str) -> str:
+    """Return mean macro-F1, bold or marked where the interval of the difference from the best baseline excludes 0."""
+    gap, text = report.difference(task, method), f"{mean(report, task, method):.3f}"
+    if gap is None:
+        return text
+    return f"**{text}**" if gap.low > 0 else f"{text}†" if gap.high < 0 else text
 
 
 def n_per_type(task: str) -> str:

@@ -33,9 +33,9 @@ def annotate(
         str | None,
         typer.Option(
             "--method",
-            help="probe (the default: regressions on the frozen embedding), reference (neighbours), integrate "
-            "(neighbours, once reference and FILE are integrated), consensus (all three, weighted by their agreement: "
-            "for another laboratory's cells), finetune (trains last layers and a head: minutes) or lora (adapters).",
+            help="consensus (the default: the next three, weighted by their agreement on FILE), probe (regressions on "
+            "the frozen embedding), reference (neighbours), integrate (neighbours, once reference and FILE are "
+            "integrated), finetune (trains last layers and a head: minutes) or lora (adapters and a head).",
         ),
     ] = None,
     save: Annotated[Path | None, typer.Option("--save", help="Folder for the fitted annotator.")] = None,
@@ -62,7 +62,7 @@ def annotate(
     ] = None,
     balanced: Annotated[
         bool,
-        typer.Option("--balanced", help="Give each type the same weight (probe), or rare types more (finetune, lora)."),
+        typer.Option("--balanced", help="The same weight for each type; finetune, lora: more for rare ones."),
     ] = False,
     trained_layers: Annotated[
         int | None,
@@ -179,8 +179,8 @@ def annotate(
         f"{int(found.is_unknown.sum()):,} cells are unlike the reference (.obs['scdiva_unknown']); in the reference "
         f"{record['reference']['false_unknown_rate']:.0%} are"
     )
-    if record["method"] == "probe" and found.is_unknown.mean() > _MANY_UNKNOWN:
-        typer.echo("if FILE is of another laboratory or in another state: --method consensus (docs/annotation.md)")
+    if record["method"] in ("probe", "reference") and found.is_unknown.mean() > _MANY_UNKNOWN:
+        typer.echo("FILE may be of another laboratory or in another state: try --method consensus or integrate")
     without = record["reference"]["labels_without_ontology_id"]
     if without:
         typer.echo(f"no Cell Ontology id for: {', '.join(without)} (--ontology 'LABEL=CL:...')")

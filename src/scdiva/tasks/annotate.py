@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from scdiva.config import NativeConfig
 from scdiva.data.conditions import is_missing, label_text
 from scdiva.data.loader import ordered_blocks
 from scdiva.data.ontology import CellOntology, back_off, match_labels
@@ -352,6 +353,15 @@ def check_annotator_folder(folder: str | Path, *, overwrite: bool) -> None:
         )
     if not path.parent.is_dir():
         raise OutputError(f"the folder {path.parent} does not exist", expected="a folder", fix="create it first")
+
+
+def default_method(model: Embedder) -> Method:
+    """Return the method that is taken where none is named and there is a query: "consensus", if the model is native.
+
+    Whose cells a query is, nobody says beforehand; of all methods the consensus loses least where they are of another
+    laboratory, and nothing where they are not (docs/results/annotation.md). Our decision.
+    """
+    return "consensus" if isinstance(model, ScDiVa) and isinstance(model.config, NativeConfig) else "probe"
 
 
 def fit_cell_typer(

@@ -10,7 +10,7 @@ from scdiva.data.output import check_output, check_recorded_in, write_with_slots
 from scdiva.data.source import open_source
 from scdiva.errors import ConfigError
 from scdiva.models.base import Embedder
-from scdiva.tasks.annotate import CONFIDENCE, Annotation, CellTyper, Method, fit_cell_typer
+from scdiva.tasks.annotate import CONFIDENCE, Annotation, CellTyper, Method, default_method, fit_cell_typer
 from scdiva.tasks.annotate import annotate as _annotate
 
 if TYPE_CHECKING:
@@ -49,11 +49,11 @@ def annotate(
     label_key
         Column of the reference's ``.obs``; only with cells.
     method
-        "probe" (taken if left out): regressions on the frozen embedding and on the data's own components, chosen by
+        "consensus" (taken if left out; of models that are not native: "probe"): the next three, weighted by their
+        agreement on ``adata``. "probe": regressions on the frozen embedding and on the data's own components, chosen by
         cross-validation on the reference. "reference": nearest neighbours in the embedding, nothing is trained.
-        "integrate": neighbours in an embedding that is integrated over both. "consensus": all three, weighted by their
-        agreement on ``adata``. "finetune": the last layers of the trunk and a head are trained. "lora": adapters on all
-        layers, and a head. The last two take minutes. Only with cells.
+        "integrate": neighbours in an embedding that is integrated over both. "finetune": the last layers of the trunk
+        and a head are trained. "lora": adapters on all layers, and a head. The last two take minutes. Only with cells.
     layer
         Layer with the counts of ``adata``; ``"raw"`` for ``adata.raw``.
     self_training, confidence
@@ -149,7 +149,7 @@ def _cell_typer(
         return reference
     if label_key is None:
         raise ConfigError("no label_key", expected="the column of the reference's .obs with labels", fix="name it")
-    given = {"method": method or "probe", "query": query, "query_layer": query_layer, **options}
+    given = {"method": method or default_method(model), "query": query, "query_layer": query_layer, **options}
     return fit_cell_typer(reference, model, label_key, **given)
 
 
