@@ -22,6 +22,7 @@ from scdiva.tasks.open_set import REFERENCE, OpenSetReport, OpenSetRun, over_typ
 from scdiva.tasks.open_set import TABLE as OPEN_SET_TABLE
 from scdiva.tasks.open_set import TITLES as OPEN_SET_TITLES
 
+NAMES = {name: title.removeprefix("scDiVa").lstrip(", ") for name, title in TITLES.items()}
 RIVALS = tuple(name for name in BASELINES if name not in (NULL, "majority"))
 
 
@@ -57,7 +58,7 @@ def main() -> None:
 def show(report: AnnotationReport, title: str) -> None:
     """Print scores, and medians of differences."""
     ours = [name for name in OURS_AND_CHOSEN if name in report.methods]
-    print(f"\n| {title} | best baseline | | {' | '.join(TITLES[name] for name in ours)} |")
+    print(f"\n| {title} | best baseline | | {' | '.join(NAMES[name] for name in ours)} |")
     print("|---|---|---:|" + "---:|" * len(ours))
     groups: dict[str, list[str]] = {}
     for kind in KINDS:
@@ -65,16 +66,16 @@ def show(report: AnnotationReport, title: str) -> None:
             groups.setdefault(f"{kind}, {n_per_type(task)}", []).append(task)
             best = report.best_baseline(task)
             cells = [marked(report, task, name) for name in ours]
-            print(f"| {task} | {TITLES[best]} | {mean(report, task, best):.3f} | {' | '.join(cells)} |")
+            print(f"| {task} | {NAMES[best]} | {mean(report, task, best):.3f} | {' | '.join(cells)} |")
     print("\nBold: above the best baseline (95 % interval of the difference); †: below it.")
     few_or_across = [t for name, tasks in groups.items() for t in tasks if is_few(name) or name.startswith(KINDS[1])]
     groups["**few labels within sets, and across sets**"] = few_or_across
-    print(f"\n| {title}: median over tasks of the difference from | | tasks | {' | '.join(TITLES[n] for n in ours)} |")
+    print(f"\n| {title}: median over tasks of the difference from | | tasks | {' | '.join(NAMES[n] for n in ours)} |")
     print("|---|---|---:|" + "---:|" * len(ours))
     for name, tasks in groups.items():
         against = [("best of seven, after the fact", [mean(report, t, report.best_baseline(t)) for t in tasks])]
         if name.startswith("**"):
-            against += [(TITLES[rival], [mean(report, t, rival) for t in tasks]) for rival in RIVALS]
+            against += [(NAMES[rival], [mean(report, t, rival) for t in tasks]) for rival in RIVALS]
         for rival, values in against:
             gaps = [[mean(report, t, method) for t in tasks] for method in ours]
             cells = [f"{np.median(np.array(gap) - np.array(values)):+.3f}" for gap in gaps]
@@ -107,7 +108,7 @@ def mean(report: AnnotationReport, task: str, method: str | None) -> float:
 
 def calibration(report: AnnotationReport) -> None:
     """Print calibration errors by kind of split and number of labels."""
-    print(f"\n| calibration error | cells | {' | '.join(TITLES[name] for name in report.methods)} |")
+    print(f"\n| calibration error | cells | {' | '.join(NAMES[name] for name in report.methods)} |")
     print("|---|---:|" + "---:|" * len(report.methods))
     for kind, tasks in report.kinds.items():
         for size in dict.fromkeys(map(n_per_type, tasks)):
