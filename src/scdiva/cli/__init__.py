@@ -23,6 +23,7 @@ from scdiva.cli import (
     inspect,
     integrate,
     reconstruct,
+    scdiffusion,
     train,
 )
 from scdiva.errors import ScdivaError
@@ -47,6 +48,17 @@ app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
 app.command("pretrain")(train.pretrain)
 app.command("finetune")(train.finetune)
+
+latent = typer.Typer(
+    help="Latent diffusion of cells: one file of raw counts to a model that generates under stated conditions.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+latent.command("fit")(scdiffusion.fit)
+latent.command("add-condition")(scdiffusion.add)
+app.add_typer(latent, name="scdiffusion")
 
 evaluate = typer.Typer(
     help="Judge results beside simple baselines, a null control and a ceiling, in one run.",
