@@ -130,3 +130,22 @@ class TestGenerate:
         result = cli("inspect", fitted[0])
         assert result.code == 0
         assert "classifiers.1" in result.out
+
+
+class TestInterpolate:
+    def test_from_the_cells_of_a_file(self, cli, fitted, h5ad, tmp_path):
+        ends = ("--source", "type 0", "--target", "type 2")
+        for name, start in (("a.h5ad", ("--like", h5ad)), ("b.zarr", ())):
+            result = cli("interpolate", tmp_path / name, "--model", fitted[0], *ends, "--steps", 3, "-n", 4, *start)
+            assert result.code == 0, result.err
+        cells = ad.read_h5ad(tmp_path / "a.h5ad")
+        assert cells.obs["scdiva_position"].tolist() == [0.0] * 4 + [0.5] * 4 + [1.0] * 4
+        assert ad.read_zarr(tmp_path / "b.zarr").n_obs == 12
+
+    def test_bad_input(self, cli, fitted, bundle, tmp_path):
+        for model, source, words in ((fitted[0], "type 9", "type 0"), (bundle, "type 0", "family 'scdiva'")):
+            out = tmp_path / "o.h5ad"
+            result = cli("interpolate", out, "--model", model, "--source", source, "--target", "type 2")
+            assert result.code == 2
+            assert words in result.err
+            assert not out.exists()

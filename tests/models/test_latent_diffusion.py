@@ -131,19 +131,18 @@ class TestAutoencoder:
         found = negative_binomial_nll(torch.from_numpy(log_mu), torch.from_numpy(log_theta), packed)
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5)
 
-    def test_calibration_finds_the_dispersion_that_counts_were_drawn_with(self, cells):
-        networks = random_networks(200, seed=3)
-        autoencoder = networks.autoencoder
+    def test_calibration_finds_the_dispersion_that_counts_were_drawn_with(self, cells, monkeypatch):
+        autoencoder = random_networks(200, seed=3).autoencoder
         true = np.where(np.arange(200) % 2, -0.5, 2.5)
         rng = np.random.default_rng(0)
-        packed = SparseCells.pack(cells)
         with torch.no_grad():
-            share = autoencoder.log_share_of_raw(autoencoder.raw_latent(packed)).exp().numpy()
-        mean = 4000.0 * share
+            raw = autoencoder.raw_latent(SparseCells.pack(cells))
+            mean = 4000.0 * autoencoder.log_share_of_raw(raw).exp().numpy()
         drawn = sp.csr_matrix(rng.poisson(rng.gamma(np.exp(true), mean / np.exp(true))).astype(np.int32))
-        # what is scored has the mean depth * share: depths are the wanted ones, not those that were drawn
+        # means are those of the z and depths that were wanted, not of the counts that were drawn
         scored = replace(SparseCells.pack(replace(cells, counts=drawn)), depth_B=torch.full((120,), 4000.0))
-        calibrate_dispersions(autoencoder, [(packed, scored)])
+        monkeypatch.setattr(autoencoder, "raw_latent", lambda _: raw)
+        calibrate_dispersions(autoencoder, [scored])
         found = autoencoder.log_theta_G.detach().numpy()
         is_frequent = mean.mean(axis=0) > 5
         assert is_frequent.sum() > 50

@@ -22,6 +22,7 @@ from scdiva.cli import (
     impute,
     inspect,
     integrate,
+    interpolate,
     reconstruct,
     scdiffusion,
     train,
@@ -44,6 +45,7 @@ app.command("integrate")(integrate.integrate)
 app.command("impute")(impute.impute)
 app.command("reconstruct")(reconstruct.reconstruct)
 app.command("generate")(generate.generate)
+app.command("interpolate")(interpolate.interpolate)
 app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
 app.command("pretrain")(train.pretrain)

@@ -349,6 +349,15 @@ def generate_file(
     return n_resumed
 
 
+def write_adata(path: Path, adata: AnnData) -> None:
+    """Write an AnnData, whole or not at all; ``.h5ad`` or ``.zarr``."""
+    with replacing(path) as partial:
+        if path.suffix == ".h5ad":
+            adata.write_h5ad(partial)
+        else:
+            adata.write_zarr(partial)
+
+
 def write_parts(path: Path, parts: Any, obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, Any]) -> None:
     """Write an AnnData whose X comes in parts."""
     import anndata as ad

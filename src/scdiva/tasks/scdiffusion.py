@@ -28,7 +28,6 @@ from scdiva.data.reader import CountsReader, open_counts
 from scdiva.data.source import open_source
 from scdiva.data.splits import hold_out
 from scdiva.data.statistics import GeneStatistics
-from scdiva.data.thinning import split_counts
 from scdiva.errors import ConfigError, OutputError, SourceError
 from scdiva.genes import GeneVocabulary
 from scdiva.models.prior import MixturePrior, Population
@@ -63,7 +62,7 @@ PARTS = ("autoencoder", "denoiser", "classifier")
 _BLOCK = 512
 # tags of the random streams that this file draws from a seed
 _SPLIT_STREAM, _POPULATION_STREAM, _CALIBRATION_STREAM = 160, 161, 162
-_CALIBRATION_CELLS, _CALIBRATION_SHARE = 10_000, 0.7
+_CALIBRATION_CELLS = 10_000
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +170,7 @@ def fit_scdiffusion(
     with torch.inference_mode(False), folder as out:
         run = _Run(cells, train, heldout, source, Path(out), by_part, seed, device, progress)
         fits["autoencoder"] = run.fit("autoencoder", AutoencoderObjective(networks.autoencoder), sizes)
-        calibrate_dispersions(networks.autoencoder, _two_views(trained, seed))
+        calibrate_dispersions(networks.autoencoder, _some_blocks(trained, seed))
         networks.autoencoder.standardise_by(_raw_latents(networks.autoencoder, trained))
         table = LatentTable(_latents(networks.autoencoder, cells), networks.told_depth(_depth(cells)))
         fits["denoiser"] = run.fit("denoiser", DenoiserObjective(networks.denoiser, table, sizes.n_times), sizes)
@@ -183,7 +182,7 @@ def fit_scdiffusion(
         f"heldout_{part}_loss": float(fit.best_value) for part, fit in fits.items() if fit.best_value is not None
     }
     details = {
-        "name": name or f"scdiffusion-{Path(source).stem}",
+        "name": name or ("scdiffusion" if reader.source.path is None else f"scdiffusion-{Path(source).stem}"),
         "description": f"Latent diffusion of the cells of {source}"
         + (f", conditioned on {', '.join(labels.fields)}." if labels.n_fields else "."),
         "trained_heads": ["autoencoder", "denoiser", *(f"classifier of {field}" for field in sizes.classified)],
@@ -576,13 +575,11 @@ def _in_blocks(cells: CellCounts, encode: Any) -> NDArray[np.float32]:
     return np.concatenate([encode(SparseCells.pack(cells.take(rows))).float().numpy() for rows in blocks])
 
 
-def _two_views(cells: CellCounts, seed: int) -> Iterator[tuple[SparseCells, SparseCells]]:
-    """Yield views of some training cells, one to encode and one to score."""
+def _some_blocks(cells: CellCounts, seed: int) -> Iterator[SparseCells]:
     rng = np.random.default_rng([seed, _CALIBRATION_STREAM])
     chosen = np.sort(rng.permutation(cells.n_cells)[:_CALIBRATION_CELLS])
     for first in range(0, chosen.size, _BLOCK):
-        read, scored = split_counts(cells.take(chosen[first : first + _BLOCK]), _CALIBRATION_SHARE, rng)
-        yield SparseCells.pack(read), SparseCells.pack(scored)
+        yield SparseCells.pack(cells.take(chosen[first : first + _BLOCK]))
 
 
 def _population(z: NDArray[np.float32], cells: CellCounts, seed: int) -> Population:

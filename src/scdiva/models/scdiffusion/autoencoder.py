@@ -196,25 +196,26 @@ _PRIOR_MEAN, _PRIOR_STD = 1.5, 2.0
 
 
 @torch.no_grad()
-def calibrate_dispersions(autoencoder: Autoencoder, blocks: Iterable[tuple[SparseCells, SparseCells]]) -> None:
+def calibrate_dispersions(autoencoder: Autoencoder, blocks: Iterable[SparseCells]) -> None:
     """Set each gene's dispersion to its maximum of likelihood, everything else as it is.
 
     A gene's dispersion is seen by few counts, and training that stops when profiles no longer gain leaves most where
     they started; cells drawn with them vary too little. The likelihood is taken on a grid and its minimum from the
     parabola through the best three points. A wide normal prior on the log (mean 1.5, standard deviation 2) settles
-    genes of hardly any counts. (Our decision.)
+    genes of hardly any counts. Cells are encoded and scored whole: generation draws z like those of whole cells and
+    decodes whole cells, and what must be right is the spread of counts around such a z. (Our decision.)
 
     Parameters
     ----------
     autoencoder
         Its ``log_theta_G`` is changed.
     blocks
-        (read, scored) views of training cells: the first is encoded, the second scored, as in training.
+        Training cells.
     """
     grid = torch.tensor(LOG_THETA_GRID)
     nll_KG = (0.5 * ((grid - _PRIOR_MEAN) / _PRIOR_STD).square())[:, None].repeat(1, autoencoder.n_genes)
-    for read, scored in blocks:
-        log_share_BG = autoencoder.log_share_of_raw(autoencoder.raw_latent(read))
+    for scored in blocks:
+        log_share_BG = autoencoder.log_share_of_raw(autoencoder.raw_latent(scored))
         log_mu_BG = log_share_BG + scored.depth_B.clamp_min(1e-3).log()[:, None]
         log_mu_X = log_mu_BG[scored.row_X, scored.gene_X]
         for k, log_theta in enumerate(grid):

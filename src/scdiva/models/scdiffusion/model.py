@@ -429,7 +429,7 @@ class ScDiffusion:
         sampler = sampler or LatentSampler()
         sampler.check(self.config.n_times)
         if not 0 < start_time <= 1:
-            raise ConfigError(f"start_time={start_time}", expected="above 0, at most 1", fix="0.6 is usual")
+            raise ConfigError(f"start_time={start_time}", expected="above 0, at most 1", fix="0.8 is usual")
         n = condition.shape[0]
         column = {field: i for i, field in enumerate(self.labels.fields)}
         told = [column[field] for field in self.config.fields]
