@@ -16,12 +16,32 @@ if TYPE_CHECKING:
     from scdiva import datasets, errors, genes, pl, pp, tl
     from scdiva.diffusion.samplers import Sampler
     from scdiva.genes import GeneVocabulary
+    from scdiva.models.scdiffusion import LatentSampler, ScDiffusion
     from scdiva.models.scdiva import ScDiVa
 
-__all__ = ["GeneVocabulary", "Sampler", "ScDiVa", "__version__", "datasets", "errors", "genes", "pl", "pp", "tl"]
+__all__ = [
+    "GeneVocabulary",
+    "LatentSampler",
+    "Sampler",
+    "ScDiVa",
+    "ScDiffusion",
+    "__version__",
+    "datasets",
+    "errors",
+    "genes",
+    "pl",
+    "pp",
+    "tl",
+]
 
 _MODULES = {"datasets", "errors", "genes", "pl", "pp", "tl"}
-_OBJECTS = {"GeneVocabulary": "scdiva.genes", "Sampler": "scdiva.diffusion.samplers", "ScDiVa": "scdiva.models.scdiva"}
+_OBJECTS = {
+    "GeneVocabulary": "scdiva.genes",
+    "LatentSampler": "scdiva.models.scdiffusion",
+    "Sampler": "scdiva.diffusion.samplers",
+    "ScDiVa": "scdiva.models.scdiva",
+    "ScDiffusion": "scdiva.models.scdiffusion",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -674,3 +674,32 @@ class RunConfig(LoopConfig):
     """Section ``[model]``; ``architecture`` says which."""
     objective: NativeObjectiveConfig = NativeObjectiveConfig()
     """Section ``[objective]`` (of the native model; the official one has no settings)."""
+
+
+class ScDiffusionConfig(Section):
+    """The networks of a latent diffusion: autoencoder, denoiser, classifiers (docs/scdiffusion.md)."""
+
+    architecture: Literal["latent-diffusion"] = "latent-diffusion"
+    """Names this architecture."""
+    n_latent: PositiveInt = 32
+    """Z, dimensions of z."""
+    n_hidden: PositiveInt = 256
+    """Width of the hidden layers of encoder and decoder."""
+    width: PositiveInt = 256
+    """D, width of the denoiser; even."""
+    n_blocks: PositiveInt = 4
+    """Residual blocks of the denoiser."""
+    classifier_width: PositiveInt = 128
+    """Width of each classifier; even."""
+    n_times: Annotated[int, Field(ge=2)] = 1000
+    """T, steps of the forward process."""
+    fields: tuple[str, ...] = ()
+    """Condition fields that the denoiser was trained with, in the order of its tables."""
+    classified: tuple[str, ...] = ()
+    """Condition fields that have a classifier on noised z."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ScDiffusionConfig:
+        if self.width % 2 or self.classifier_width % 2:
+            raise ValueError("width and classifier_width must be even: half of each time embedding are sines")
+        return self

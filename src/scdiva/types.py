@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import scipy.sparse as sp
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 if TYPE_CHECKING:
     import torch
@@ -176,6 +176,24 @@ class LatentPrior(Protocol):
         rng
             Source of randomness.
         """
+        ...
+
+
+@runtime_checkable
+class LatentCodec(Protocol):
+    """What turns cells into z and z into counts: the autoencoder of a latent diffusion."""
+
+    @property
+    def n_latent(self) -> int:
+        """Z, dimensions of z."""
+        ...
+
+    def encode(self, cells: CellCounts) -> NDArray[np.float32]:
+        """Return z, ``(n_cells, Z)`` float32, without randomness; each row depends on that cell alone."""
+        ...
+
+    def decode(self, z: NDArray[np.float32], depth: ArrayLike, rng: np.random.Generator) -> sp.csr_matrix:
+        """Draw counts ``(n_cells, n_genes)`` int32 given z and expected UMIs, one number or one per cell."""
         ...
 
 

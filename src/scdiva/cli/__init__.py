@@ -22,7 +22,9 @@ from scdiva.cli import (
     impute,
     inspect,
     integrate,
+    interpolate,
     reconstruct,
+    scdiffusion,
     train,
 )
 from scdiva.errors import ScdivaError
@@ -43,10 +45,22 @@ app.command("integrate")(integrate.integrate)
 app.command("impute")(impute.impute)
 app.command("reconstruct")(reconstruct.reconstruct)
 app.command("generate")(generate.generate)
+app.command("interpolate")(interpolate.interpolate)
 app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
 app.command("pretrain")(train.pretrain)
 app.command("finetune")(train.finetune)
+
+latent = typer.Typer(
+    help="Latent diffusion of cells: one file of raw counts to a model that generates under stated conditions.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+latent.command("fit")(scdiffusion.fit)
+latent.command("add-condition")(scdiffusion.add)
+app.add_typer(latent, name="scdiffusion")
 
 evaluate = typer.Typer(
     help="Judge results beside simple baselines, a null control and a ceiling, in one run.",

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from scdiva.cli.common import DeviceOption, OverwriteOption, parse_batch_size, progress_bar
+
+if TYPE_CHECKING:
+    from scdiva.models.scdiffusion import ScDiffusion
+    from scdiva.models.scdiva import ScDiVa
 
 
 def generate(
@@ -30,9 +34,11 @@ def generate(
         str | None, typer.Option("--each", metavar="FIELD", help="Generate -n cells for each label of this field.")
     ] = None,
     latent: Annotated[
-        Literal["prior", "visible", "null"],
-        typer.Option("--latent", help="Where z comes from: a mixture of the condition, the genes so far, a constant."),
-    ] = "prior",
+        Literal["prior", "visible", "null"] | None,
+        typer.Option(
+            "--latent", help="Where z comes from: a mixture of the condition (default), the genes so far, a constant."
+        ),
+    ] = None,
     like: Annotated[
         Path | None, typer.Option("--like", metavar="FILE", help="Generate variations of the cells of this file.")
     ] = None,
@@ -41,12 +47,30 @@ def generate(
     ] = None,
     n_umis: Annotated[int | None, typer.Option("--n-umis", min=1, help="UMIs per cell, told to the network.")] = None,
     strategy: Annotated[
-        Literal["random", "confidence", "ancestral", "first-hitting"],
-        typer.Option("--strategy", help="Which genes appear first; first-hitting is exact and slow."),
-    ] = "random",
+        Literal["random", "confidence", "ancestral", "first-hitting"] | None,
+        typer.Option("--strategy", help="Which genes appear first (default random); first-hitting is exact and slow."),
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Network calls per cell.")] = None,
-    grid: Annotated[Literal["cosine", "uniform"], typer.Option("--grid", help="Times of the steps.")] = "cosine",
-    gibbs_rounds: Annotated[int, typer.Option("--gibbs-rounds", min=0, help="Rounds of redrawing at the end.")] = 0,
+    grid: Annotated[
+        Literal["cosine", "uniform"] | None, typer.Option("--grid", help="Times of the steps (default cosine).")
+    ] = None,
+    gibbs_rounds: Annotated[
+        int | None, typer.Option("--gibbs-rounds", min=0, help="Rounds of redrawing at the end (default 0).")
+    ] = None,
+    method: Annotated[
+        Literal["dpm", "ddim", "ddpm"] | None,
+        typer.Option(
+            "--sampler", help="Of an scDiffusion model: DPM-Solver++ (default), DDIM, or DDPM with 1,000 steps."
+        ),
+    ] = None,
+    guidance: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--guidance",
+            metavar="FIELD=SCALE",
+            help="Of an scDiffusion model: classifier guidance towards the wanted label; repeatable.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Equal seeds give equal cells.")] = 0,
     batch_size: Annotated[str, typer.Option("--batch-size", help="Cells between two signs of progress.")] = "auto",
     device: DeviceOption = "auto",
@@ -57,11 +81,12 @@ def generate(
     from scdiva.data.output import check_output
     from scdiva.diffusion.samplers import Sampler
     from scdiva.errors import ConfigError
-    from scdiva.models.scdiva import ScDiVa
+    from scdiva.models.scdiffusion import LatentSampler, ScDiffusion
+    from scdiva.tasks.latent_generation import refuse_foreign_options
     from scdiva.tl import generate_file
 
     check_output(out, overwrite=overwrite)
-    loaded = ScDiVa.from_pretrained(model, device=device)
+    loaded = _load(model, device)
     wanted, weights = _parse(condition or [], loaded.labels.fields)
     table = None
     if each is not None:
@@ -77,8 +102,22 @@ def generate(
         table = pd.DataFrame({each: [label for label in labels for _ in range(n_cells)]})
         for field, label in wanted.items():
             table[field] = label
-    usual = Sampler()
-    sampler = Sampler(strategy, steps or usual.n_steps, grid, gibbs_rounds=gibbs_rounds)
+    sampler: Sampler | LatentSampler
+    if isinstance(loaded, ScDiffusion):
+        of_sets = {"--strategy": strategy, "--grid": grid, "--gibbs-rounds": gibbs_rounds}
+        refuse_foreign_options({**of_sets, "--latent": latent, "--like": like, "--n-genes": n_genes})
+        sampler = LatentSampler(method or "dpm", steps)
+    elif method is not None:
+        raise ConfigError(
+            f"--sampler {method} with {loaded.name}, of family scdiva",
+            expected="a model of scdiva scdiffusion fit",
+            fix="leave --sampler out; --strategy and --steps say how sets are drawn",
+        )
+    else:
+        usual = Sampler()
+        sampler = Sampler(
+            strategy or usual.strategy, steps or usual.n_steps, grid or usual.grid, gibbs_rounds=gibbs_rounds or 0
+        )
     n = len(table) if table is not None else n_cells
     started = time.perf_counter()
     with progress_bar("generating", n) as on_block:
@@ -88,6 +127,7 @@ def generate(
             None if table is not None else n_cells,
             condition=table if table is not None else wanted,
             weight=weights or 1.0,
+            guidance=_scales(guidance) if guidance else None,
             like=like,
             latent=latent,
             n_genes=n_genes,
@@ -134,3 +174,31 @@ def _parse(entries: list[str], fields: tuple[str, ...]) -> tuple[dict[str, str],
                 pass
         wanted[field] = label.strip()
     return wanted, weights
+
+
+def _load(model: str, device: str) -> ScDiVa | ScDiffusion:
+    """Load a model of either family."""
+    from scdiva.models import bundle
+    from scdiva.models.scdiffusion import FAMILY, ScDiffusion
+    from scdiva.models.scdiva import ScDiVa
+
+    path = bundle.find_bundle(model)
+    if bundle.family_of(path) == FAMILY:
+        return ScDiffusion.from_pretrained(path, device=device)
+    return ScDiVa.from_pretrained(model, device=device)
+
+
+def _scales(entries: list[str]) -> dict[str, float]:
+    """Read FIELD=SCALE."""
+    from scdiva.errors import ConfigError
+
+    scales: dict[str, float] = {}
+    for entry in entries:
+        field, _, text = entry.partition("=")
+        try:
+            scales[field.strip()] = float(text)
+        except ValueError:
+            raise ConfigError(
+                f"cannot understand --guidance {entry!r}", expected="FIELD=SCALE", fix="for example cell_type=1"
+            ) from None
+    return scales

@@ -226,6 +226,15 @@ def read_bundle(path: Path) -> BundleContent:
     return BundleContent(config, vocabulary, statistics, labels, population, path, bundle_hash(path))
 
 
+def family_of(path: Path) -> str:
+    """Return the family that a bundle says it is of, unverified; empty where nothing says so."""
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # who reads the bundle in earnest says what is wrong with it
+        return ""
+    return str(config.get("family", "")) if isinstance(config, dict) else ""
+
+
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read the weights of a verified bundle."""
     from safetensors import SafetensorError

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scdiva.genes import GeneVocabulary
 
 
-def model_card(config: Mapping[str, Any], vocabulary: GeneVocabulary, n_parameters: int, n_latent: int) -> str:
+def model_card(
+    config: Mapping[str, Any],
+    vocabulary: GeneVocabulary,
+    n_parameters: int,
+    n_latent: int,
+    *,
+    use: Sequence[str] | None = None,
+) -> str:
     """Write the card of a bundle.
 
     Parameters
@@ -21,6 +28,8 @@ def model_card(config: Mapping[str, Any], vocabulary: GeneVocabulary, n_paramete
         Number of weights.
     n_latent
         Dimensions of the embedding.
+    use
+        Lines of Python that show how the model is used; those of an embedding if left out.
 
     Returns
     -------
@@ -81,17 +90,20 @@ def model_card(config: Mapping[str, Any], vocabulary: GeneVocabulary, n_paramete
                 floor = metrics.get(f"{key}_floor")
                 lines.append(f"| {key} | {value:.4f} | {'' if floor is None else f'{floor:.4f}'} |")
         lines.append("")
-    lines += [
-        "## Use",
-        "",
-        "```python",
+    shown = use or (
         "import scdiva as sd",
         f'model = sd.ScDiVa.from_pretrained("{config.get("name") or "PATH"}")',
         'sd.tl.embed(adata, model)  # raw counts in; .obsm["X_scdiva"] out',
-        "```",
-        "",
-        "Human raw counts only. Embeddings of tissues and technologies that are far from the training corpus should be",
-        "compared with a plain PCA of your own data before they are believed.",
-        "",
-    ]
+    )
+    lines += ["## Use", "", "```python", *shown, "```", ""]
+    lines += [*(_OF_EMBEDDINGS if use is None else _OF_GENERATED_CELLS), ""]
     return "\n".join(lines)
+
+
+_OF_EMBEDDINGS = (
+    "Human raw counts only. Embeddings of tissues and technologies that are far from the training corpus should be",
+    "compared with a plain PCA of your own data before they are believed.",
+)
+_OF_GENERATED_CELLS = (
+    "Human genes only. Generated cells are no data: they show nothing that the training cells did not.",
+)

@@ -372,7 +372,10 @@ def evaluate_generated(
     )
 
 
-_FACTORIES = {"scdiva": "scdiva.tasks.generate:scdiva_generator"}
+_FACTORIES = {
+    "scdiva": "scdiva.tasks.generate:scdiva_generator",
+    "scdiffusion": "scdiva.tasks.scdiffusion:scdiffusion_generator",
+}
 
 
 def generator_of(name: str, *arguments: Any, **options: Any) -> Generator:
@@ -381,7 +384,8 @@ def generator_of(name: str, *arguments: Any, **options: Any) -> Generator:
     Parameters
     ----------
     name
-        "scdiva": ``scdiva_generator(model, labels_key)`` of :mod:`scdiva.tasks.generate`.
+        "scdiva": ``scdiva_generator(model, labels_key)`` of :mod:`scdiva.tasks.generate`; "scdiffusion":
+        ``scdiffusion_generator(labels_key)`` of :mod:`scdiva.tasks.scdiffusion`.
     *arguments, **options
         What its factory takes.
 

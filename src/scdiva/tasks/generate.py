@@ -15,13 +15,15 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import ArrayLike, NDArray
 
-from scdiva.data.conditions import label_text
+from scdiva.data.conditions import ConditionLabels, label_text
 from scdiva.data.output import check_output, replacing
 from scdiva.data.population import DrawnSizes
 from scdiva.data.reader import open_counts
 from scdiva.data.source import open_source
 from scdiva.diffusion.samplers import Sampler
 from scdiva.errors import BundleError, ConfigError, KeyNotFoundError
+from scdiva.genes import GeneVocabulary
+from scdiva.models.prior import Population
 from scdiva.models.scdiva.generation import Wish
 from scdiva.models.scdiva.model import ScDiVa
 from scdiva.types import CellCounts, LatentPrior
@@ -137,7 +139,7 @@ def plan_cells(
         The model cannot generate.
     """
     model.check_generates()
-    codes, n = _codes(model, condition, n_cells, like)
+    codes, n = condition_codes_of(model.labels, condition, n_cells, 0 if like is None else like.n_cells)
     if n < 1:
         raise ConfigError(f"n_cells={n}", expected="at least 1", fix="say how many cells are wanted")
     if seed < 0:
@@ -146,7 +148,7 @@ def plan_cells(
     _check_sampler(sampler)
     weights = _weights(model, weight, codes)
     for name, value in (("n_genes", n_genes), ("n_umis", n_umis)):
-        _check_sizes(name, value, n)
+        check_sizes(name, value, n)
     notes: list[str] = []
     z = z_depth = None
     prior: LatentPrior | None = None
@@ -177,7 +179,7 @@ def plan_cells(
         population = model.population.sizes
         sizes = population.draw(codes, rng, n_genes=n_genes, depth=n_umis)
         is_measured = population.is_measured
-        notes += _unmet(model, codes)
+        notes += unmet(model.labels, model.population, codes)
         latent_name = latent if isinstance(latent, str) else type(latent).__name__
         if latent == "prior":
             prior = model.population.prior
@@ -318,7 +320,7 @@ def generate_file(
     n_resumed = 0
     if plan.n_cells <= BLOCK:
         adata = generate(model, plan, batch_size=batch_size, on_block=on_block)
-        _write(path, [adata.X], adata.obs, adata.var, dict(adata.uns))
+        write_parts(path, [adata.X], adata.obs, adata.var, dict(adata.uns))
         return n_resumed
     work = path.with_name(f".{path.name}.parts-{fingerprint(model, plan)[:16]}")
     work.mkdir(exist_ok=True)
@@ -340,12 +342,23 @@ def generate_file(
         if on_block is not None:
             on_block(last)
     obs, var = annotation(model, plan)
-    _write(path, (sp.load_npz(piece) for piece in pieces), obs, var, {"scdiva": {"generate": record_of(model, plan)}})
+    write_parts(
+        path, (sp.load_npz(piece) for piece in pieces), obs, var, {"scdiva": {"generate": record_of(model, plan)}}
+    )
     shutil.rmtree(work)
     return n_resumed
 
 
-def _write(path: Path, parts: Any, obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, Any]) -> None:
+def write_adata(path: Path, adata: AnnData) -> None:
+    """Write an AnnData, whole or not at all; ``.h5ad`` or ``.zarr``."""
+    with replacing(path) as partial:
+        if path.suffix == ".h5ad":
+            adata.write_h5ad(partial)
+        else:
+            adata.write_zarr(partial)
+
+
+def write_parts(path: Path, parts: Any, obs: pd.DataFrame, var: pd.DataFrame, uns: dict[str, Any]) -> None:
     """Write an AnnData whose X comes in parts."""
     import anndata as ad
     import h5py
@@ -376,21 +389,45 @@ def _write(path: Path, parts: Any, obs: pd.DataFrame, var: pd.DataFrame, uns: di
 
 def annotation(model: ScDiVa, plan: Plan) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return ``.obs`` (wanted labels, wanted sizes) and ``.var`` (vocabulary genes) of a plan's cells."""
+    return annotate_cells(model.labels, model.vocabulary, plan.condition, plan.sizes, plan.is_measured)
+
+
+def annotate_cells(
+    labels: ConditionLabels,
+    vocabulary: GeneVocabulary,
+    condition: NDArray[np.int32],
+    sizes: DrawnSizes,
+    is_measured: NDArray[np.bool_],
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return ``.obs`` and ``.var`` of generated cells.
+
+    Parameters
+    ----------
+    labels, vocabulary
+        Of the model.
+    condition
+        ``(n, n_fields)`` codes of what was wanted.
+    sizes
+        What was wanted of sizes.
+    is_measured
+        ``(n_sources, G)`` genes that cells may have, by ``sizes.source``.
+    """
     import pandas as pd
 
-    digits = len(str(plan.n_cells - 1))
-    obs = pd.DataFrame(index=[f"scdiva_{i:0{digits}d}" for i in range(plan.n_cells)])
-    for i, field in enumerate(model.labels.fields):
-        code = plan.condition[:, i]
+    n_cells = condition.shape[0]
+    digits = len(str(n_cells - 1))
+    obs = pd.DataFrame(index=[f"scdiva_{i:0{digits}d}" for i in range(n_cells)])
+    for i, field in enumerate(labels.fields):
+        code = condition[:, i]
         if code.any():
-            names = np.array([None, *model.labels.labels(field)], dtype=object)
+            names = np.array([None, *labels.labels(field)], dtype=object)
             obs[field] = pd.Categorical(names[code])
-    obs["scdiva_n_genes"] = plan.sizes.n_genes
-    obs["scdiva_n_umis"] = plan.sizes.depth
+    obs["scdiva_n_genes"] = sizes.n_genes
+    obs["scdiva_n_umis"] = sizes.depth
     obs["scdiva_synthetic"] = True
-    var = _named_by_symbol(model.vocabulary.annotation())
-    n_cells = np.bincount(plan.sizes.source, minlength=plan.is_measured.shape[0])
-    var["scdiva_measured"] = (n_cells @ plan.is_measured.astype(np.int64)) / plan.n_cells
+    var = _named_by_symbol(vocabulary.annotation())
+    n_of_source = np.bincount(sizes.source, minlength=is_measured.shape[0])
+    var["scdiva_measured"] = (n_of_source @ is_measured.astype(np.int64)) / n_cells
     return obs, var
 
 
@@ -438,9 +475,29 @@ def fingerprint(model: ScDiVa, plan: Plan) -> str:
     return digest.hexdigest()
 
 
-def _codes(
-    model: ScDiVa, condition: Mapping[str, Any] | pd.DataFrame | None, n_cells: int | None, like: CellCounts | None
+def condition_codes_of(
+    labels: ConditionLabels, condition: Mapping[str, Any] | pd.DataFrame | None, n_cells: int | None, n_given: int
 ) -> tuple[NDArray[np.int32], int]:
+    """Return the codes of what is wanted, ``(n, n_fields)``, and n.
+
+    Parameters
+    ----------
+    labels
+        Fields and labels of the model.
+    condition
+        Label of each wanted field, for all cells; or one row per cell.
+    n_cells
+        Number of cells; left out where ``condition`` has rows, or for ``n_given``.
+    n_given
+        Number of real cells that are varied; 0 where there are none.
+
+    Raises
+    ------
+    ConfigError
+        Another number of cells than of rows.
+    KeyNotFoundError
+        A field or label that the model does not know.
+    """
     import pandas as pd
 
     if isinstance(condition, pd.DataFrame):
@@ -449,22 +506,22 @@ def _codes(
             raise ConfigError(
                 f"n_cells={n_cells} and conditions of {n} cells", expected="one of the two", fix="leave n_cells out"
             )
-        codes = np.zeros((n, model.labels.n_fields), dtype=np.int32)
+        codes = np.zeros((n, labels.n_fields), dtype=np.int32)
         for field in condition.columns:
             values = condition[field]
-            known = model.labels.labels(field)
-            found = model.labels.codes(field, values)
+            known = labels.labels(field)
+            found = labels.codes(field, values)
             is_bad = np.asarray((found == 0) & values.notna().to_numpy())
             if is_bad.any():
-                model.labels.encode({field: values[is_bad].iloc[0]})  # names the label and those there are
+                labels.encode({field: values[is_bad].iloc[0]})  # names the label and those there are
                 raise KeyNotFoundError(
                     f"labels of {field} that are missing values", expected=", ".join(known), fix="leave them empty"
                 )
-            codes[:, model.labels.fields.index(field)] = found
+            codes[:, labels.fields.index(field)] = found
         return codes, n
-    n = n_cells if n_cells is not None else (like.n_cells if like is not None else 0)
+    n = n_cells if n_cells is not None else n_given
     wanted = {field: label_text(value) for field, value in (condition or {}).items()}
-    return np.tile(model.labels.encode(wanted), (max(n, 0), 1)), n
+    return np.tile(labels.encode(wanted), (max(n, 0), 1)), n
 
 
 def _weights(model: ScDiVa, weight: float | Mapping[str, float], codes: NDArray[np.int32]) -> NDArray[np.float64]:
@@ -508,7 +565,8 @@ def _check_sampler(sampler: Sampler) -> None:
             raise ConfigError(f"sampler: {found}", expected=expected, fix="see scdiva generate --help")
 
 
-def _check_sizes(name: str, value: ArrayLike | None, n: int) -> None:
+def check_sizes(name: str, value: ArrayLike | None, n: int) -> None:
+    """Refuse numbers of genes or UMIs that cannot be."""
     if value is None:
         return
     array = np.asarray(value)
@@ -541,19 +599,16 @@ def _filled(value: ArrayLike, n: int) -> NDArray[np.int64]:
     return np.broadcast_to(np.asarray(value, dtype=np.int64), (n,)).copy()
 
 
-def _unmet(model: ScDiVa, codes: NDArray[np.int32]) -> list[str]:
+def unmet(labels: ConditionLabels, population: Population, codes: NDArray[np.int32]) -> list[str]:
     """Say which wanted combinations no training cell has: sizes (and z) come from cells that have a part of it."""
-    assert model.population is not None
     notes = []
     for wanted in np.unique(codes, axis=0):
-        rows, is_met = model.population.sizes.matching(wanted)
+        rows, is_met = population.sizes.matching(wanted)
         if not is_met.all():
             names = {
-                field: model.labels.labels(field)[code - 1]
-                for field, code in zip(model.labels.fields, wanted, strict=True)
-                if code
+                field: labels.labels(field)[code - 1] for field, code in zip(labels.fields, wanted, strict=True) if code
             }
-            given_up = [field for field, met in zip(model.labels.fields, is_met, strict=True) if not met]
+            given_up = [field for field, met in zip(labels.fields, is_met, strict=True) if not met]
             notes.append(
                 f"no training cell was {' and '.join(f'{k}={v}' for k, v in names.items())}: sizes are drawn from "
                 f"{rows.size:,} cells without regard to {', '.join(given_up)}"

@@ -7,6 +7,7 @@ from scdiva.tl.embedding import embed, embed_file
 from scdiva.tl.generation import generate, generate_file
 from scdiva.tl.imputation import impute, impute_file
 from scdiva.tl.integration import integrate, integrate_file
+from scdiva.tl.interpolation import interpolate
 from scdiva.tl.reconstruction import reconstruct, reconstruct_file
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "impute_file",
     "integrate",
     "integrate_file",
+    "interpolate",
     "reconstruct",
     "reconstruct_file",
 ]

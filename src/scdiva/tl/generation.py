@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from scdiva.data.output import check_output
 from scdiva.data.reader import open_counts
 from scdiva.data.source import open_source
-from scdiva.errors import ConfigError
+from scdiva.errors import ConfigError, UnsupportedError
+from scdiva.models.scdiffusion import LatentSampler, ScDiffusion
 from scdiva.tasks.embed import BatchSize
 from scdiva.tasks.generate import DEFAULT_LATENT, LatentName, Plan, plan_cells
 from scdiva.tasks.generate import generate as _generate
 from scdiva.tasks.generate import generate_file as _generate_file
+from scdiva.tasks.latent_generation import (
+    LatentPlan,
+    generate_latent,
+    generate_latent_file,
+    plan_latent_cells,
+    refuse_foreign_options,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,16 +39,17 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: ScDiVa,
+    model: ScDiVa | ScDiffusion,
     n_cells: int | None = None,
     *,
     condition: Mapping[str, str] | DataFrame | None = None,
     weight: float | Mapping[str, float] = 1.0,
+    guidance: Mapping[str, float] | None = None,
     like: DataLike | None = None,
-    latent: LatentName | LatentPrior = DEFAULT_LATENT,
+    latent: LatentName | LatentPrior | None = None,
     n_genes: ArrayLike | None = None,
     n_umis: ArrayLike | None = None,
-    sampler: Sampler | None = None,
+    sampler: Sampler | LatentSampler | None = None,
     seed: int = 0,
     batch_size: BatchSize = "auto",
     normalize: bool = False,
@@ -52,7 +61,8 @@ def generate(
     ----------
     model
         From ``sd.ScDiVa.from_pretrained``; for cell types of your own, fine-tune one first (``scdiva finetune FILE
-        --objective conditional --condition cell_type --out DIR``).
+        --objective conditional --condition cell_type --out DIR``). Or from ``sd.ScDiffusion.from_pretrained``; fit one
+        with ``scdiva scdiffusion fit``. Such a model takes neither ``like``, ``latent`` nor ``n_genes``.
     n_cells
         Number of cells. Left out where ``condition`` has a row per cell, or for one variation of each cell of ``like``.
     condition
@@ -61,19 +71,22 @@ def generate(
     weight
         Guidance weight of all wanted fields, or of each. 1 is plain conditioning; above 1 cells become more typical of
         their condition and less varied; 0 ignores it towards the end.
+    guidance
+        Scale of classifier guidance by field, of an ``ScDiffusion`` with a classifier for it.
     like
         Real raw counts, an AnnData or a path: cells are generated from the z, with the size and the genes of these
         (variations of a cell).
     latent
-        Where z comes from otherwise: ``"prior"``, drawn from a Gaussian mixture of the condition's training cells;
-        ``"visible"``, pooled from the genes that are visible so far; ``"null"``, a learned constant; or any object with
-        ``sample(condition, sizes, rng)`` and ``view_share`` (``scdiva.types.LatentPrior``).
+        Where z comes from otherwise: ``"prior"`` (the default), drawn from a Gaussian mixture of the condition's
+        training cells; ``"visible"``, pooled from the genes that are visible so far; ``"null"``, a learned constant; or
+        any object with ``sample(condition, sizes, rng)`` and ``view_share`` (``scdiva.types.LatentPrior``).
     n_genes, n_umis
         Genes and UMIs of each cell, one number or one per cell. Left out, both are drawn jointly from those of training
         cells of the condition; given one, the other is drawn from cells near it. The UMIs are told to the network;
         nothing forces the counts to add up to them.
     sampler
-        How the sets are drawn (``sd.Sampler``): strategy, steps, grid, Gibbs rounds.
+        How the sets are drawn (``sd.Sampler``): strategy, steps, grid, Gibbs rounds. Or how z is drawn, of an
+        ``ScDiffusion`` (``sd.LatentSampler``): DPM-Solver++, DDIM or DDPM, and steps.
     seed
         Equal seeds give equal cells on the same kind of machine.
     batch_size
@@ -88,7 +101,8 @@ def generate(
     AnnData
         ``X`` CSR int32 counts; ``.obs``: the wanted labels, ``scdiva_n_genes`` and ``scdiva_n_umis`` (what the network
         was told), ``scdiva_synthetic`` (True); ``.var``: the genes of the vocabulary; ``.uns["scdiva"]["generate"]``:
-        model, hash, seed, settings, and notes on what no training cell had.
+        model, hash, seed, settings, and notes on what no training cell had. Of an ``ScDiffusion`` there is no
+        ``scdiva_n_genes``, and ``.obsm["X_scdiffusion"]`` holds z.
 
     Raises
     ------
@@ -98,8 +112,25 @@ def generate(
         See :func:`scdiva.tasks.generate.plan_cells`.
     """
     size = _generated_at_once(batch_size)
-    plan = _plan(model, n_cells, condition, weight, like, latent, n_genes, n_umis, sampler, seed)
-    cells = _generate(model, plan, batch_size=size, on_block=on_block)
+    if isinstance(model, ScDiffusion):
+        refuse_foreign_options({"like": like, "latent": latent, "n_genes": n_genes})
+        cells = generate_latent(
+            model,
+            plan_latent_cells(
+                model,
+                condition,
+                n_cells,
+                weight=weight,
+                guidance=guidance,
+                n_umis=n_umis,
+                sampler=cast(LatentSampler | None, sampler),
+                seed=seed,
+            ),
+            on_block=on_block,
+        )
+    else:
+        plan = _plan(model, n_cells, condition, weight, guidance, like, latent, n_genes, n_umis, sampler, seed)
+        cells = _generate(model, plan, batch_size=size, on_block=on_block)
     if normalize:
         cells.layers["log1p_cp10k"] = _log1p_cp10k(cells.X)
     return cells
@@ -107,21 +138,22 @@ def generate(
 
 def generate_file(
     path_out: str | Path,
-    model: ScDiVa,
+    model: ScDiVa | ScDiffusion,
     n_cells: int | None = None,
     *,
     condition: Mapping[str, str] | DataFrame | None = None,
     weight: float | Mapping[str, float] = 1.0,
+    guidance: Mapping[str, float] | None = None,
     like: DataLike | None = None,
-    latent: LatentName | LatentPrior = DEFAULT_LATENT,
+    latent: LatentName | LatentPrior | None = None,
     n_genes: ArrayLike | None = None,
     n_umis: ArrayLike | None = None,
-    sampler: Sampler | None = None,
+    sampler: Sampler | LatentSampler | None = None,
     seed: int = 0,
     batch_size: BatchSize = "auto",
     overwrite: bool = False,
     on_block: Callable[[int], None] | None = None,
-) -> Plan:
+) -> Plan | LatentPlan:
     """Generate cells into a file in flat memory; the same call resumes where an interrupted one stopped.
 
     Everything as in :func:`generate`.
@@ -130,13 +162,13 @@ def generate_file(
     ----------
     path_out
         ``.h5ad`` or ``.zarr``; appears whole or not at all. Finished blocks of 4,096 cells wait in a hidden folder
-        beside it.
+        beside it. (Cells of an ``ScDiffusion``, which are drawn in seconds, begin anew, and z is not written.)
     overwrite
         Replace an existing output.
 
     Returns
     -------
-    Plan
+    Plan or LatentPlan
         What was drawn: conditions, sizes, notes.
 
     Raises
@@ -147,7 +179,21 @@ def generate_file(
     target = Path(path_out)
     check_output(target, overwrite=overwrite)
     size = _generated_at_once(batch_size)
-    plan = _plan(model, n_cells, condition, weight, like, latent, n_genes, n_umis, sampler, seed)
+    if isinstance(model, ScDiffusion):
+        refuse_foreign_options({"like": like, "latent": latent, "n_genes": n_genes})
+        latent_plan = plan_latent_cells(
+            model,
+            condition,
+            n_cells,
+            weight=weight,
+            guidance=guidance,
+            n_umis=n_umis,
+            sampler=cast(LatentSampler | None, sampler),
+            seed=seed,
+        )
+        generate_latent_file(model, latent_plan, target, overwrite=overwrite, on_block=on_block)
+        return latent_plan
+    plan = _plan(model, n_cells, condition, weight, guidance, like, latent, n_genes, n_umis, sampler, seed)
     _generate_file(model, plan, target, batch_size=size, overwrite=overwrite, on_block=on_block)
     return plan
 
@@ -167,13 +213,24 @@ def _plan(
     n_cells: int | None,
     condition: Mapping[str, str] | DataFrame | None,
     weight: float | Mapping[str, float],
+    guidance: Mapping[str, float] | None,
     like: DataLike | None,
-    latent: LatentName | LatentPrior,
+    latent: LatentName | LatentPrior | None,
     n_genes: ArrayLike | None,
     n_umis: ArrayLike | None,
-    sampler: Sampler | None,
+    sampler: Sampler | LatentSampler | None,
     seed: int,
 ) -> Plan:
+    if guidance:
+        raise UnsupportedError(
+            f"classifier guidance with {model.name}, of family scdiva",
+            expected="a latent diffusion (scdiva scdiffusion fit)",
+            fix="use guidance weights (weight=)",
+        )
+    if isinstance(sampler, LatentSampler):
+        raise UnsupportedError(
+            f"a sampler of z with {model.name}, of family scdiva", expected="sd.Sampler", fix="leave the sampler out"
+        )
     cells = None
     if like is not None:
         reader = open_counts(open_source(like), model.vocabulary)
@@ -183,7 +240,7 @@ def _plan(
         condition,
         n_cells,
         weight=weight,
-        latent=latent,
+        latent=DEFAULT_LATENT if latent is None else latent,
         like=cells,
         n_genes=n_genes,
         n_umis=n_umis,

@@ -1,0 +1,108 @@
+"""``scdiva scdiffusion fit FILE --out DIR`` and ``scdiva scdiffusion add-condition FILE --model DIR --out DIR``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from scdiva.cli.common import DeviceOption, FileArgument, LayerOption
+
+if TYPE_CHECKING:
+    from scdiva.tasks.scdiffusion import FittedScDiffusion
+
+_OUT_HELP = "Folder of the run; the model goes to its 'bundle'."
+_MIN_CELLS_HELP = "Cells that each label needs."
+SettingsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PART.KEY=VALUE",
+        help="Setting of a loop, such as denoiser.training.max_steps=2000; repeatable.",
+    ),
+]
+
+
+def fit(
+    file: FileArgument,
+    out: Annotated[Path, typer.Option("--out", help=_OUT_HELP)],
+    condition: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--condition", help="Column of .obs that cells can be asked for by, such as cell_type; repeatable."
+        ),
+    ] = None,
+    no_classifiers: Annotated[
+        bool, typer.Option("--no-classifiers", help="Leave out the classifiers for classifier guidance.")
+    ] = False,
+    min_cells: Annotated[int, typer.Option("--min-cells", min=1, help=_MIN_CELLS_HELP)] = 20,
+    layer: LayerOption = None,
+    name: Annotated[str, typer.Option("--name", help="Name of the model.")] = "",
+    n_latent: Annotated[int, typer.Option("--n-latent", min=2, help="Dimensions of z.")] = 32,
+    settings: SettingsOption = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")] = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Fit a latent diffusion to the raw counts of FILE. The same command again resumes."""
+    from scdiva.config import ScDiffusionConfig
+    from scdiva.tasks.scdiffusion import fit_scdiffusion
+
+    _tell(
+        fit_scdiffusion(
+            file,
+            condition or (),
+            out,
+            config=ScDiffusionConfig(n_latent=n_latent),
+            settings=settings or (),
+            with_classifiers=not no_classifiers,
+            min_cells=min_cells,
+            layer=layer,
+            name=name,
+            seed=seed,
+            device=device,
+        )
+    )
+
+
+def add(
+    file: FileArgument,
+    model: Annotated[str, typer.Option("--model", help="Bundle folder of a latent diffusion.")],
+    condition: Annotated[str, typer.Option("--condition", help="Column of .obs to add as a condition.")],
+    out: Annotated[Path, typer.Option("--out", help=_OUT_HELP)],
+    min_cells: Annotated[int, typer.Option("--min-cells", min=1, help=_MIN_CELLS_HELP)] = 20,
+    layer: LayerOption = None,
+    settings: SettingsOption = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")] = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Add a condition to a model by a classifier of noised z; autoencoder and denoiser stay as they are."""
+    from scdiva.models.scdiffusion import ScDiffusion
+    from scdiva.tasks.scdiffusion import add_classifier
+
+    loaded = ScDiffusion.from_pretrained(model, device="cpu")
+    _tell(
+        add_classifier(
+            loaded,
+            file,
+            condition,
+            out,
+            settings=settings or (),
+            layer=layer,
+            min_cells=min_cells,
+            seed=seed,
+            device=device,
+        )
+    )
+
+
+def _tell(fitted: FittedScDiffusion) -> None:
+    for part, seconds in fitted.seconds.items():
+        value = fitted.metrics.get(f"heldout_{part}_loss")
+        typer.echo(f"{part}: {seconds:.0f} s" + ("" if value is None else f", held-out loss {value:.4f}"))
+    typer.echo(
+        f"model: {fitted.path} ({fitted.model.n_parameters:,} parameters, {fitted.model.vocabulary.n_genes:,} genes)"
+    )
+    fields = fitted.model.labels.fields
+    wanted = f' --condition {fields[-1]}="{fitted.model.labels.labels(fields[-1])[0]}"' if fields else ""
+    typer.echo(f"next:  scdiva generate OUT.h5ad --model {fitted.path}{wanted} -n 500")

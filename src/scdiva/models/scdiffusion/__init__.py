@@ -1,0 +1,6 @@
+"""scDiffusion: latent diffusion of cells with guidance (methods C; Luo et al., Bioinformatics 2024, btae518)."""
+
+from scdiva.models.scdiffusion.model import FAMILY, ScDiffusion
+from scdiva.models.scdiffusion.sampling import LatentSampler
+
+__all__ = ["FAMILY", "LatentSampler", "ScDiffusion"]

@@ -1,0 +1,504 @@
+"""``ScDiffusion``: autoencoder, denoiser and classifiers with their genes, labels and sizes of cells; save and load."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from numpy.typing import ArrayLike, NDArray
+from pydantic import ValidationError
+from torch import nn
+
+from scdiva.config import ScDiffusionConfig
+from scdiva.data.conditions import ConditionLabels
+from scdiva.data.statistics import GeneStatistics
+from scdiva.errors import BundleError, ConfigError, GeneError
+from scdiva.genes import GeneVocabulary
+from scdiva.models import bundle
+from scdiva.models.card import model_card
+from scdiva.models.prior import Population
+from scdiva.models.scdiffusion.autoencoder import Autoencoder, SparseCells
+from scdiva.models.scdiffusion.classifiers import LatentClassifier
+from scdiva.models.scdiffusion.denoiser import Denoiser
+from scdiva.models.scdiffusion.sampling import Guide, LatentSampler, draw_latents
+from scdiva.types import CellCounts
+
+FAMILY = "scdiffusion"
+
+_BLOCK = 256
+_OWN_KEYS = frozenset({"format", "family", "model", "n_parameters", "vocabulary_fingerprint"})
+_MIN_STD = 0.05
+
+
+class Networks(nn.Module):
+    """All weights of a model: autoencoder, denoiser, one classifier per classified field, and the scale of depths.
+
+    Parameters
+    ----------
+    n_genes
+        Genes.
+    config
+        Sizes.
+    labels
+        Fields and labels.
+
+    Attributes
+    ----------
+    log_depth_mean, log_depth_std
+        Of log(1 + UMIs) of the training cells: what the denoiser is told of depth is standardised by them.
+    """
+
+    log_depth_mean: torch.Tensor
+    log_depth_std: torch.Tensor
+
+    def __init__(self, n_genes: int, config: ScDiffusionConfig, labels: ConditionLabels) -> None:
+        super().__init__()
+        self.autoencoder = Autoencoder(n_genes, config.n_latent, config.n_hidden)
+        n_labels = [len(labels.labels(field)) for field in config.fields]
+        self.denoiser = Denoiser(config.n_latent, config.width, config.n_blocks, n_labels)
+        self.classifiers = nn.ModuleList(
+            LatentClassifier(config.n_latent, config.classifier_width, len(labels.labels(field)))
+            for field in config.classified
+        )
+        self.register_buffer("log_depth_mean", torch.zeros(()))
+        self.register_buffer("log_depth_std", torch.ones(()))
+
+    def set_depths(self, depth: NDArray[np.integer]) -> None:
+        """Store mean and standard deviation of log(1 + UMIs) of training cells."""
+        log_depth = np.log1p(depth.astype(np.float64))
+        self.log_depth_mean.fill_(float(log_depth.mean()))
+        self.log_depth_std.fill_(max(float(log_depth.std()), _MIN_STD))
+
+    def told_depth(self, depth: ArrayLike) -> NDArray[np.float32]:
+        """Return what the denoiser is told of depths, ``(n,)`` float32."""
+        log_depth = np.log1p(np.asarray(depth, dtype=np.float64))
+        return ((log_depth - float(self.log_depth_mean)) / float(self.log_depth_std)).astype(np.float32)
+
+
+def build_networks(n_genes: int, config: ScDiffusionConfig, labels: ConditionLabels, *, seed: int = 0) -> Networks:
+    """Build the networks at their start; equal seeds give equal weights, and the global generator stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return Networks(n_genes, config, labels)
+
+
+class ScDiffusion:
+    """A latent diffusion of cells: from conditions to z to counts, and from counts to z.
+
+    Get one with :meth:`from_pretrained`, or fit one with ``scdiva scdiffusion fit``. It is a
+    :class:`~scdiva.types.LatentCodec` and a :class:`~scdiva.types.LatentPrior`.
+
+    Parameters
+    ----------
+    networks
+        The weights.
+    config
+        Their sizes.
+    vocabulary, statistics
+        Genes, and their statistics in the training cells.
+    labels
+        Condition fields and labels, those of classifiers that were added later at the end.
+    population
+        Sizes of the training cells.
+    details
+        What goes into ``config.json`` beside the sizes.
+    bundle_hash
+        sha256 of the bundle it was loaded from; empty for a model that was never saved.
+    """
+
+    def __init__(
+        self,
+        networks: Networks,
+        config: ScDiffusionConfig,
+        vocabulary: GeneVocabulary,
+        statistics: GeneStatistics,
+        *,
+        labels: ConditionLabels,
+        population: Population,
+        details: Mapping[str, Any] | None = None,
+        bundle_hash: str = "",
+    ) -> None:
+        n_genes = networks.autoencoder.n_genes
+        if vocabulary.n_genes != n_genes or statistics.n_genes != n_genes:
+            raise GeneError(
+                f"an autoencoder of {n_genes} genes, {vocabulary.n_genes} vocabulary genes, {statistics.n_genes} "
+                "statistics",
+                expected="the same genes in all three",
+                fix="build them from one vocabulary",
+            )
+        self.networks = networks.eval()
+        self.config = config
+        self.vocabulary = vocabulary
+        self.statistics = statistics
+        self.labels = labels
+        self.population = population
+        self.details = dict(details or {})
+        self.bundle_hash = bundle_hash
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, *, device: str = "auto") -> Self:
+        """Load a model.
+
+        Parameters
+        ----------
+        name_or_path
+            A bundle folder, or a Hugging Face Hub id ``"owner/name"``.
+        device
+            "auto" (a GPU if there is one), "cpu" or "cuda".
+
+        Raises
+        ------
+        BundleError
+            There is no such model, it is of another family, or a file is missing, changed or does not fit.
+        """
+        path = bundle.find_bundle(name_or_path)
+        content = bundle.read_bundle(path)
+        if content.config.get("family") != FAMILY:
+            raise BundleError(
+                f"{path} holds a model of family {content.config.get('family')!r}",
+                expected=repr(FAMILY),
+                fix="load it with the class of its family",
+            )
+        try:
+            config = ScDiffusionConfig.model_validate(
+                {
+                    key: tuple(value) if isinstance(value, list) else value
+                    for key, value in content.config["model"].items()
+                }
+            )
+        except (ValidationError, AttributeError) as error:
+            raise BundleError(
+                f"{path}: config.json describes no latent diffusion ({str(error).splitlines()[0]})",
+                expected="the sizes that this version knows",
+                fix="use the scdiva version that wrote it",
+            ) from error
+        labels = ConditionLabels.from_dict({key: list(names) for key, names in content.labels.items()})
+        absent = [field for field in (*config.fields, *config.classified) if field not in labels.fields]
+        if absent or content.population is None:
+            raise BundleError(
+                f"{path} lacks {'the labels of ' + absent[0] if absent else bundle.POPULATION}",
+                expected="labels of every field, and sizes of training cells",
+                fix="fetch the bundle again",
+            )
+        networks = build_networks(content.vocabulary.n_genes, config, labels)
+        bundle.load_strictly(networks, bundle.read_weights(path), path)
+        model = cls(
+            networks,
+            config,
+            content.vocabulary,
+            content.statistics,
+            labels=labels,
+            population=content.population,
+            details={key: content.config[key] for key in content.config if key not in _OWN_KEYS},
+            bundle_hash=content.hash,
+        )
+        return model.to(device)
+
+    def save_pretrained(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the model as a bundle, whole or not at all.
+
+        Parameters
+        ----------
+        path
+            The new folder.
+        overwrite
+            Replace an existing bundle.
+
+        Raises
+        ------
+        OutputError
+            The folder exists.
+        """
+        config = {"family": FAMILY, "model": self.config.model_dump(mode="json"), **self.details}
+        config |= {"n_parameters": self.n_parameters}
+        field = self.labels.fields[0] if self.labels.fields else None
+        wanted = f', condition={{"{field}": "{self.labels.labels(field)[0]}"}}' if field else ""
+        bundle.write_bundle(
+            Path(path),
+            config=config,
+            weights={name: tensor.detach().cpu() for name, tensor in self.networks.state_dict().items()},
+            vocabulary=self.vocabulary,
+            statistics=self.statistics,
+            labels=self.labels.to_dict(),
+            population=self.population,
+            card=model_card(
+                {**config, "conditions": self.labels.to_dict()},
+                self.vocabulary,
+                self.n_parameters,
+                self.n_latent,
+                use=(
+                    "import scdiva as sd",
+                    'model = sd.ScDiffusion.from_pretrained("PATH")',
+                    f"cells = sd.tl.generate(model, 500{wanted})  # a new AnnData of integer counts",
+                ),
+            ),
+            overwrite=overwrite,
+        )
+
+    def to(self, device: str) -> Self:
+        """Move the weights; ``"auto"`` takes a GPU if there is one."""
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self.networks.to(device)
+        except (RuntimeError, AssertionError) as error:  # PyTorch says "not compiled with CUDA" by an assertion
+            raise ConfigError(
+                f"device {device!r} cannot be used here ({str(error).splitlines()[0][:120]})",
+                expected="auto, cpu, or cuda where there is a GPU",
+                fix="use device='cpu'",
+            ) from error
+        return self
+
+    def __repr__(self) -> str:
+        """Name the model and its size."""
+        return (
+            f"ScDiffusion({self.name}: {self.n_parameters:,} parameters, {self.vocabulary.n_genes:,} genes, "
+            f"n_latent={self.n_latent}, hash {self.bundle_hash[:12] or 'not saved'})"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.networks.parameters()).device
+
+    @property
+    def name(self) -> str:
+        """The model's name, or "unnamed"."""
+        return str(self.details.get("name") or "unnamed")
+
+    @property
+    def n_latent(self) -> int:
+        """Z, dimensions of z."""
+        return self.config.n_latent
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of weights."""
+        return sum(parameter.numel() for parameter in self.networks.parameters())
+
+    @property
+    def view_share(self) -> float:
+        """Share of a cell's molecules that its z stands for: all."""
+        return 1.0
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What names this very model in a result."""
+        return {
+            "model": self.name,
+            "model_hash": self.bundle_hash or "not saved",
+            "vocabulary_fingerprint": self.vocabulary.fingerprint,
+            "scdiva_version": version("scdiva"),
+        }
+
+    def weights_hash(self) -> str:
+        """Fingerprint the weights, saved or not."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.networks.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.inference_mode()
+    def encode(self, cells: CellCounts) -> NDArray[np.float32]:
+        """Return z of cells, ``(n_cells, Z)`` float32: standardised, without randomness, each cell by itself.
+
+        Parameters
+        ----------
+        cells
+            Raw counts in the order of :attr:`vocabulary`.
+        """
+        parts = [
+            self.networks.autoencoder.encode(SparseCells.pack(cells.take(rows)).to(self.device)).cpu().numpy()
+            for rows in _blocks(cells.n_cells)
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, self.n_latent), dtype=np.float32)
+
+    def decode(self, z: NDArray[np.float32], depth: ArrayLike, rng: np.random.Generator) -> sp.csr_matrix:
+        """Draw counts given z, from a negative binomial of every gene.
+
+        Parameters
+        ----------
+        z
+            ``(n, Z)`` standardised.
+        depth
+            Expected UMIs of each cell over the model's genes, one number or ``(n,)``.
+        rng
+            Source of randomness.
+
+        Returns
+        -------
+        scipy.sparse.csr_matrix
+            ``(n, n_genes)`` int32.
+        """
+        theta = np.exp(self.networks.autoencoder.log_theta_G.detach().cpu().numpy().astype(np.float64))
+        wanted = np.broadcast_to(np.asarray(depth, dtype=np.float64), (z.shape[0],))
+        parts = [sp.csr_matrix(np.zeros((0, self.vocabulary.n_genes), dtype=np.int32))]
+        for rows in _blocks(z.shape[0]):
+            mean = self.expected_share(z[rows]).astype(np.float64) * wanted[rows, None]
+            # a Poisson count whose rate is a gamma variable is a negative binomial
+            rate = rng.standard_gamma(np.broadcast_to(theta, mean.shape)) * (mean / theta)
+            parts.append(sp.csr_matrix(rng.poisson(rate).astype(np.int32)))
+        return sp.csr_matrix(sp.vstack(parts, format="csr"))
+
+    @torch.inference_mode()
+    def expected_share(self, z: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the expected share of each gene among a cell's UMIs, ``(n, n_genes)`` float32; rows sum to 1.
+
+        Parameters
+        ----------
+        z
+            ``(n, Z)`` standardised.
+        """
+        latent = torch.from_numpy(np.ascontiguousarray(z, dtype=np.float32)).to(self.device)
+        return np.asarray(self.networks.autoencoder.log_share(latent).exp().cpu())
+
+    def sample(
+        self, condition: NDArray[np.integer], sizes: NDArray[np.integer], rng: np.random.Generator
+    ) -> NDArray[np.float32]:
+        """Draw z with the default sampler and no extra guidance: what :class:`~scdiva.types.LatentPrior` asks for.
+
+        Parameters
+        ----------
+        condition
+            ``(n, n_fields)`` codes of :attr:`labels`; 0 is any.
+        sizes
+            ``(n, 2)`` UMIs and genes; genes are not used.
+        rng
+            Source of randomness.
+        """
+        generator = torch.Generator().manual_seed(int(rng.integers(2**63 - 1)))
+        return self.sample_latents(condition, sizes[:, 0], generator)
+
+    # gradients of classifiers need ordinary tensors, also where the caller is in inference mode
+    @torch.inference_mode(False)
+    def sample_latents(
+        self,
+        condition: NDArray[np.integer],
+        depth: ArrayLike,
+        generator: torch.Generator,
+        *,
+        sampler: LatentSampler | None = None,
+        weight: Mapping[str, float] | None = None,
+        guidance: Mapping[str, float] | None = None,
+        pull: Mapping[str, NDArray[np.floating]] | None = None,
+        start: NDArray[np.float32] | None = None,
+        start_time: float = 1.0,
+    ) -> NDArray[np.float32]:
+        """Draw standardised z of cells of given conditions.
+
+        Parameters
+        ----------
+        condition
+            ``(n, n_fields)`` codes of :attr:`labels`; 0 is any.
+        depth
+            UMIs of each cell, one number or ``(n,)``: z of shallow cells is noisier, and the denoiser is told.
+        generator
+            Source of randomness, of the CPU.
+        sampler
+            How.
+        weight
+            Classifier-free guidance weight of fields of the denoiser; 1 is plain conditioning.
+        guidance
+            Scale of classifier guidance towards the wanted label, by field. A field that only a classifier knows gets 1
+            if it is left out, other fields 0.
+        pull
+            Weights of all labels of a field, ``(n, n_labels)`` or ``(n_labels,)``, in the place of ``guidance``: two
+            labels with weights interpolate between them.
+        start
+            ``(n, Z)`` z of real cells to start from; None: noise.
+        start_time
+            How far these are noised, in (0, 1]; the loop starts there.
+
+        Returns
+        -------
+        numpy.ndarray
+            ``(n, Z)`` float32.
+
+        Raises
+        ------
+        ConfigError
+            Impossible numbers, a weight for a field the denoiser does not take, or guidance without a classifier.
+        """
+        sampler = sampler or LatentSampler()
+        sampler.check(self.config.n_times)
+        if not 0 < start_time <= 1:
+            raise ConfigError(f"start_time={start_time}", expected="above 0, at most 1", fix="0.8 is usual")
+        n = condition.shape[0]
+        column = {field: i for i, field in enumerate(self.labels.fields)}
+        told = [column[field] for field in self.config.fields]
+        scale = self._guidance(guidance or {}, pull or {})
+        guides = []
+        for field, classifier in zip(self.config.classified, self.networks.classifiers, strict=True):
+            assert isinstance(classifier, LatentClassifier)
+            weights = np.zeros((n, len(self.labels.labels(field))), dtype=np.float32)
+            if pull and field in pull:
+                weights[:] = pull[field]
+            elif scale.get(field):
+                wanted = np.flatnonzero(condition[:, column[field]] > 0)
+                weights[wanted, condition[wanted, column[field]] - 1] = scale[field]
+            if weights.any():
+                guides.append(Guide(classifier, torch.from_numpy(weights).to(self.device)))
+        depths = self.networks.told_depth(np.broadcast_to(np.asarray(depth, dtype=np.float64), (n,)))
+        z = draw_latents(
+            self.networks.denoiser,
+            torch.from_numpy(depths).to(self.device),
+            torch.from_numpy(np.ascontiguousarray(condition[:, told], dtype=np.int64)).to(self.device),
+            n_latent=self.n_latent,
+            n_times=self.config.n_times,
+            generator=generator,
+            sampler=sampler,
+            weight_F=self._weights(weight or {}),
+            guides=guides,
+            start_BZ=None if start is None else torch.from_numpy(np.asarray(start, dtype=np.float32)).to(self.device),
+            start=start_time,
+        )
+        return z.cpu().numpy()
+
+    def check_guidance(self, weight: Mapping[str, float], guidance: Mapping[str, float]) -> None:
+        """Refuse weights and scales that :meth:`sample_latents` would refuse.
+
+        Raises
+        ------
+        ConfigError
+            A weight for a field the denoiser does not take, guidance without a classifier, or impossible numbers.
+        """
+        self._weights(weight)
+        self._guidance(guidance, {})
+
+    def _weights(self, weight: Mapping[str, float]) -> list[float]:
+        for field, value in weight.items():
+            if field not in self.config.fields:
+                raise ConfigError(
+                    f"a guidance weight for {field}, which the denoiser was not trained with",
+                    expected=f"one of {', '.join(self.config.fields) or 'no field'}",
+                    fix="use guidance by a classifier for that field",
+                )
+            if not np.isfinite(value) or value < 0:
+                raise ConfigError(f"guidance weight {value} of {field}", expected="0 or more", fix="1 is plain")
+        return [float(weight.get(field, 1.0)) for field in self.config.fields]
+
+    def _guidance(self, guidance: Mapping[str, float], pull: Mapping[str, Any]) -> dict[str, float]:
+        for field in (*guidance, *pull):
+            if field not in self.config.classified:
+                raise ConfigError(
+                    f"classifier guidance by {field!r}, which has no classifier in this model",
+                    expected=f"one of {', '.join(self.config.classified) or 'no field'}",
+                    fix="use a guidance weight, or fit the model with a classifier for that field",
+                )
+        for field, value in guidance.items():
+            if not np.isfinite(value) or value < 0:
+                raise ConfigError(f"classifier guidance {value} of {field}", expected="0 or more", fix="1 is plain")
+        only_classified = {field: 1.0 for field in self.config.classified if field not in self.config.fields}
+        scale = {**only_classified, **{field: float(value) for field, value in guidance.items()}}
+        return {field: value for field, value in scale.items() if field not in pull}
+
+
+def _blocks(n: int) -> Sequence[NDArray[np.int64]]:
+    return [np.arange(first, min(first + _BLOCK, n)) for first in range(0, n, _BLOCK)]

@@ -1,0 +1,203 @@
+"""What autoencoder, denoiser and classifiers are trained on, one after the other, by the same loop.
+
+Shape letters: B cells, C classes, F condition fields, G genes, Z latent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F  # noqa: N812 - torch's own convention
+
+from scdiva.data.thinning import split_counts
+from scdiva.models.scdiffusion.autoencoder import Autoencoder, SparseCells, negative_binomial_nll
+from scdiva.models.scdiffusion.classifiers import LatentClassifier
+from scdiva.models.scdiffusion.denoiser import Denoiser
+from scdiva.models.scdiffusion.schedule import cosine_alpha_bar, noised, spread_times, velocity
+from scdiva.types import CellCounts, LossOutput
+
+MIN_SNR_GAMMA = 5.0
+"""Largest signal-to-noise ratio that counts in the weight of a time (Hang et al. 2023)."""
+CONDITION_DROPOUT = 0.1
+"""Probability that a field is left out, and, once more, that all are."""
+SHARE_READ = (0.5, 0.9)
+"""Share of a cell's molecules that the encoder reads in training; the decoder is judged on the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class TwoViews:
+    """Two halves of the molecules of some cells: one to encode, one to decode."""
+
+    read: SparseCells
+    scored: SparseCells
+
+    def to(self, device: torch.device) -> TwoViews:
+        """Return the same on another device."""
+        return TwoViews(self.read.to(device), self.scored.to(device))
+
+
+class AutoencoderObjective(nn.Module):
+    """Negative binomial likelihood of molecules that the encoder has not read, in nats per UMI.
+
+    Count splitting makes the two views of a cell independent given its state, so z must carry the state and gains
+    nothing from carrying the noise; an autoencoder of thousands of cells and genes that is judged on what it read
+    learns the noise by heart (our decision; design 4).
+    """
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def prepare(self, cells: CellCounts, rng: np.random.Generator) -> TwoViews:
+        """Split each cell's molecules."""
+        read, scored = split_counts(cells, rng.uniform(*SHARE_READ, cells.n_cells), rng)
+        return TwoViews(SparseCells.pack(read), SparseCells.pack(scored))
+
+    prepare_heldout = prepare
+
+    def gene_vectors(self) -> list[nn.Parameter]:
+        """Parameters with one number per gene."""
+        return self.autoencoder.gene_vectors()
+
+    def forward(self, inputs: TwoViews, generator: torch.Generator) -> LossOutput:
+        """Compute the loss of one minibatch."""
+        model, scored = self.autoencoder, inputs.scored
+        log_share_BG = model.log_share_of_raw(model.raw_latent(inputs.read))
+        log_mu_BG = log_share_BG + scored.depth_B.clamp_min(1e-3).log()[:, None]
+        nll_B = negative_binomial_nll(log_mu_BG, model.log_theta_G, scored)
+        return LossOutput(nll_B.sum() / scored.depth_B.sum().clamp_min(1.0), n_cells=scored.n_cells)
+
+
+@dataclass(frozen=True, slots=True)
+class LatentCells:
+    """z, standardised log depth and condition codes of some cells."""
+
+    z_BZ: torch.Tensor
+    depth_B: torch.Tensor
+    condition_BF: torch.Tensor
+
+    def to(self, device: torch.device) -> LatentCells:
+        """Return the same on another device."""
+        return LatentCells(self.z_BZ.to(device), self.depth_B.to(device), self.condition_BF.to(device))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LatentTable:
+    """z of all cells of a run, computed once: the autoencoder no longer changes.
+
+    Parameters
+    ----------
+    z
+        ``(n_cells, Z)`` float32, standardised; row i is the cell whose ``cell_index`` is i.
+    depth
+        ``(n_cells,)`` float32 standardised log depth.
+    """
+
+    z: NDArray[np.float32]
+    depth: NDArray[np.float32]
+
+    def of(self, cells: CellCounts) -> LatentCells:
+        """Look cells up."""
+        return LatentCells(
+            torch.from_numpy(self.z[cells.cell_index]),
+            torch.from_numpy(self.depth[cells.cell_index]),
+            torch.from_numpy(cells.condition.astype(np.int64)),
+        )
+
+
+class DenoiserObjective(nn.Module):
+    """Squared error of the velocity, weighted by ``min(SNR, 5) / (SNR + 1)``, with fields left out at random.
+
+    Source: methods C.4. Depth is left out (0) as often as a field.
+    """
+
+    alpha_bar_T: torch.Tensor
+
+    def __init__(self, denoiser: Denoiser, table: LatentTable, n_times: int) -> None:
+        super().__init__()
+        self.denoiser, self.table = denoiser, table
+        self.register_buffer("alpha_bar_T", cosine_alpha_bar(n_times))
+
+    def prepare(self, cells: CellCounts, rng: np.random.Generator) -> LatentCells:
+        """Look up z."""
+        return self.table.of(cells)
+
+    prepare_heldout = prepare
+
+    def forward(self, inputs: LatentCells, generator: torch.Generator) -> LossOutput:
+        """Compute the loss of one minibatch."""
+        z_BZ, device = inputs.z_BZ, inputs.z_BZ.device
+        n_cells, n_fields = inputs.condition_BF.shape
+        t_B = spread_times(n_cells, self.alpha_bar_T.numel(), generator, device)
+        noise_BZ = torch.randn(z_BZ.shape, generator=generator, device=device)
+        condition_BF, depth_B = inputs.condition_BF, inputs.depth_B
+        if self.training:
+            u = torch.rand((n_cells, n_fields + 2), generator=generator, device=device)
+            is_out = u < CONDITION_DROPOUT
+            condition_BF = condition_BF.masked_fill(is_out[:, :n_fields] | is_out[:, -1:], 0)
+            depth_B = depth_B.masked_fill(is_out[:, n_fields], 0.0)
+        alpha_bar_B = self.alpha_bar_T[t_B]
+        found_BZ = self.denoiser(noised(z_BZ, noise_BZ, alpha_bar_B), t_B, depth_B, condition_BF).float()
+        squared_B = (found_BZ - velocity(z_BZ, noise_BZ, alpha_bar_B)).square().mean(dim=1)
+        snr_B = alpha_bar_B / (1.0 - alpha_bar_B)
+        loss = (snr_B.clamp(max=MIN_SNR_GAMMA) / (snr_B + 1.0) * squared_B).mean()
+        return LossOutput(loss, {"velocity_mse": squared_B.mean().detach()}, n_cells=n_cells)
+
+
+class ClassifierObjective(nn.Module):
+    """Cross-entropy of a field's label given noised z, at all noise levels; cells without a label do not count.
+
+    Labels weigh alike whatever their numbers of cells: a guide that knows a rare type only as improbable guides badly.
+
+    Parameters
+    ----------
+    classifier
+        What is trained.
+    table
+        z of all cells.
+    field
+        Position of the field among the condition codes.
+    n_times
+        T.
+    weight_C
+        ``(C,)`` weight of each class.
+    """
+
+    alpha_bar_T: torch.Tensor
+    weight_C: torch.Tensor
+
+    def __init__(
+        self, classifier: LatentClassifier, table: LatentTable, field: int, n_times: int, weight_C: NDArray[np.float32]
+    ) -> None:
+        super().__init__()
+        self.classifier, self.table, self.field = classifier, table, field
+        self.register_buffer("alpha_bar_T", cosine_alpha_bar(n_times))
+        self.register_buffer("weight_C", torch.from_numpy(weight_C))
+
+    def prepare(self, cells: CellCounts, rng: np.random.Generator) -> LatentCells:
+        """Look up z."""
+        return self.table.of(cells)
+
+    prepare_heldout = prepare
+
+    def forward(self, inputs: LatentCells, generator: torch.Generator) -> LossOutput:
+        """Compute the loss of one minibatch."""
+        z_BZ, code_B = inputs.z_BZ, inputs.condition_BF[:, self.field]
+        t_B = spread_times(code_B.numel(), self.alpha_bar_T.numel(), generator, z_BZ.device)
+        noise_BZ = torch.randn(z_BZ.shape, generator=generator, device=z_BZ.device)
+        logits_BC = self.classifier(noised(z_BZ, noise_BZ, self.alpha_bar_T[t_B]), t_B).float()
+        class_B = (code_B - 1).clamp_min(0)
+        weight_B = self.weight_C[class_B] * (code_B > 0)
+        nll_B = F.cross_entropy(logits_BC, class_B, reduction="none")
+        loss = (weight_B * nll_B).sum() / weight_B.sum().clamp_min(1e-6)
+        is_clean_B = (self.alpha_bar_T[t_B] > _CLEAN) & (code_B > 0)
+        is_right_B = (logits_BC.argmax(dim=1) == class_B) & is_clean_B
+        accuracy = is_right_B.sum() / is_clean_B.sum().clamp_min(1)
+        return LossOutput(loss, {"accuracy_little_noise": accuracy.detach()}, n_cells=int(code_B.numel()))
+
+
+_CLEAN = 0.9

@@ -1,0 +1,385 @@
+"""``generate`` by a latent diffusion: conditions to sizes, to z, to counts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from scdiva.data.output import check_output
+from scdiva.data.population import DrawnSizes
+from scdiva.errors import ConfigError, UnsupportedError
+from scdiva.models.scdiffusion import LatentSampler, ScDiffusion
+from scdiva.tasks.generate import annotate_cells, check_sizes, condition_codes_of, unmet, write_parts
+from scdiva.types import CellCounts
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+
+GROUP = 256
+"""Cells that are drawn together, with one random stream."""
+_SIZES, _LATENT, _COUNTS = 1, 2, 3  # tags of the random streams
+
+
+@dataclass(frozen=True, slots=True)
+class LatentPlan:
+    """What is to be generated; equal plans give equal cells.
+
+    Parameters
+    ----------
+    condition
+        ``(n, n_fields)`` int32 codes; 0 is unknown.
+    weight
+        Classifier-free guidance weight of each wanted field of the denoiser.
+    guidance
+        Scale of classifier guidance of each wanted field that has some.
+    sizes
+        UMIs of each cell.
+    sampler
+        How z is drawn.
+    seed
+        Seed of everything.
+    notes
+        What the user should know: combinations that no training cell had, for example.
+    """
+
+    condition: NDArray[np.int32]
+    weight: Mapping[str, float]
+    guidance: Mapping[str, float]
+    sizes: DrawnSizes
+    sampler: LatentSampler
+    seed: int
+    notes: tuple[str, ...]
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return int(self.condition.shape[0])
+
+
+def plan_latent_cells(
+    model: ScDiffusion,
+    condition: Mapping[str, Any] | pd.DataFrame | None,
+    n_cells: int | None,
+    *,
+    weight: float | Mapping[str, float] = 1.0,
+    guidance: Mapping[str, float] | None = None,
+    n_umis: ArrayLike | None = None,
+    sampler: LatentSampler | None = None,
+    seed: int = 0,
+) -> LatentPlan:
+    """Check a wish and settle everything but the draws themselves.
+
+    Parameters
+    ----------
+    model
+        The model.
+    condition
+        Label of each wanted field, for all cells; or one row per cell.
+    n_cells
+        Number of cells; left out where ``condition`` has rows.
+    weight
+        Classifier-free guidance weight of all wanted fields, or of each; 1 is plain conditioning.
+    guidance
+        Scale of classifier guidance by field.
+    n_umis
+        UMIs of the cells, one number or one per cell; else drawn from those of training cells.
+    sampler
+        How z is drawn.
+    seed
+        Seed.
+
+    Raises
+    ------
+    ConfigError
+        Impossible numbers, a weight or scale for a field without a condition, or guidance without a classifier.
+    KeyNotFoundError
+        A field or label that the model does not know; lists those it knows.
+    """
+    codes, n = condition_codes_of(model.labels, condition, n_cells, 0)
+    if n < 1:
+        raise ConfigError(f"n_cells={n}", expected="at least 1", fix="say how many cells are wanted")
+    if seed < 0:
+        raise ConfigError(f"seed={seed}", expected="0 or more", fix="name another seed")
+    sampler = sampler or LatentSampler()
+    if not isinstance(sampler, LatentSampler):
+        raise ConfigError(
+            f"a sampler of type {type(sampler).__name__}", expected="sd.LatentSampler", fix="leave the sampler out"
+        )
+    sampler.check(model.config.n_times)
+    check_sizes("n_umis", n_umis, n)
+    wanted = [field for i, field in enumerate(model.labels.fields) if codes[:, i].any()]
+    if isinstance(weight, Mapping):
+        weights = dict(weight)
+    elif weight == 1.0:
+        weights = {}
+    else:
+        weights = {field: float(weight) for field in wanted if field in model.config.fields}
+    scales = dict(guidance or {})
+    for field in (*weights, *scales):
+        model.labels.labels(field)
+        if field not in wanted:
+            raise ConfigError(
+                f"guidance for {field}, which has no condition",
+                expected="guidance for wanted fields",
+                fix=f"add a condition for {field}, or leave its weight out",
+            )
+    sizes = model.population.sizes.draw(codes, np.random.default_rng([seed, _SIZES]), depth=n_umis)
+    plan = LatentPlan(codes, weights, scales, sizes, sampler, seed, tuple(unmet(model.labels, model.population, codes)))
+    # impossible weights are refused before anything is drawn
+    model.check_guidance(weights, scales)
+    return plan
+
+
+def draw_latent_cells(model: ScDiffusion, plan: LatentPlan, group: int) -> tuple[sp.csr_matrix, NDArray[np.float32]]:
+    """Draw one group of :data:`GROUP` cells: counts, CSR int32, and z."""
+    rows = slice(group * GROUP, min((group + 1) * GROUP, plan.n_cells))
+    state = np.random.SeedSequence([plan.seed, _LATENT, group]).generate_state(1, np.uint64)[0]
+    depth = plan.sizes.depth[rows]
+    z = model.sample_latents(
+        plan.condition[rows],
+        depth,
+        torch.Generator().manual_seed(int(state >> np.uint64(1))),
+        sampler=plan.sampler,
+        weight=plan.weight,
+        guidance=plan.guidance,
+    )
+    return model.decode(z, depth, np.random.default_rng([plan.seed, _COUNTS, group])), z
+
+
+def generate_latent(model: ScDiffusion, plan: LatentPlan, *, on_block: Callable[[int], None] | None = None) -> AnnData:
+    """Draw all cells of a plan into memory, with their z in ``.obsm["X_scdiffusion"]``.
+
+    Parameters
+    ----------
+    model, plan
+        What to draw.
+    on_block
+        Called with the number of cells done.
+    """
+    import anndata as ad
+
+    parts, latents = [], []
+    for group in range(-(-plan.n_cells // GROUP)):
+        counts, z = draw_latent_cells(model, plan, group)
+        parts.append(counts)
+        latents.append(z)
+        if on_block is not None:
+            on_block(min((group + 1) * GROUP, plan.n_cells))
+    obs, var = annotate_cells(
+        model.labels, model.vocabulary, plan.condition, plan.sizes, model.population.sizes.is_measured
+    )
+    del obs["scdiva_n_genes"]  # this family is told of UMIs only
+    return ad.AnnData(
+        X=sp.vstack(parts, format="csr"),
+        obs=obs,
+        var=var,
+        obsm={"X_scdiffusion": np.concatenate(latents)},
+        uns={"scdiva": {"generate": latent_record(model, plan)}},
+    )
+
+
+def generate_latent_file(
+    model: ScDiffusion,
+    plan: LatentPlan,
+    path: Path,
+    *,
+    overwrite: bool = False,
+    on_block: Callable[[int], None] | None = None,
+) -> None:
+    """Draw all cells of a plan into a file, in flat memory; it appears whole or not at all, without z.
+
+    Parameters
+    ----------
+    model, plan
+        What to draw.
+    path
+        ``.h5ad`` or ``.zarr``.
+    overwrite
+        Replace an existing output.
+    on_block
+        Called with the number of cells done.
+
+    Raises
+    ------
+    OutputError
+        The output exists, has another suffix, or its folder does not exist; raised before any work is done.
+    """
+    check_output(path, overwrite=overwrite)
+    obs, var = annotate_cells(
+        model.labels, model.vocabulary, plan.condition, plan.sizes, model.population.sizes.is_measured
+    )
+    del obs["scdiva_n_genes"]
+
+    def parts() -> Iterator[sp.csr_matrix]:
+        for group in range(-(-plan.n_cells // GROUP)):
+            yield draw_latent_cells(model, plan, group)[0]
+            if on_block is not None:
+                on_block(min((group + 1) * GROUP, plan.n_cells))
+
+    write_parts(path, parts(), obs, var, {"scdiva": {"generate": latent_record(model, plan)}})
+
+
+def interpolate_latent(
+    model: ScDiffusion,
+    field: str,
+    source: str,
+    target: str,
+    *,
+    cells: CellCounts | None = None,
+    n_cells: int = 100,
+    steps: int = 11,
+    start_time: float = 0.8,
+    strength: float = 2.0,
+    sampler: LatentSampler | None = None,
+    seed: int = 0,
+) -> AnnData:
+    """Gradient interpolation: cells on the way from one label to another (methods C.1, C.4).
+
+    The classifier of the field pulls towards both labels, with weights ``strength (1 - p)`` and ``strength p`` at
+    position p from 0 to 1. All positions start from the same cells and the same noise.
+
+    Parameters
+    ----------
+    model
+        With a classifier of the field.
+    field, source, target
+        A condition field and two of its labels.
+    cells
+        Real cells of the source in the order of the model's genes, to start from; None: noise.
+    n_cells
+        Cells at each position; real cells go around.
+    steps
+        Positions, 0 and 1 included.
+    start_time
+        How far real cells are noised, in (0, 1]; the loop starts at that noise level.
+    strength
+        Sum of the two weights.
+    sampler, seed
+        As for :func:`plan_latent_cells`.
+
+    Returns
+    -------
+    AnnData
+        ``n_cells * steps`` cells, position by position; ``.obs``: ``scdiva_position``, ``scdiva_path`` (which cell it
+        started from), ``scdiva_n_umis``, ``scdiva_synthetic``; z in ``.obsm["X_scdiffusion"]``.
+
+    Raises
+    ------
+    ConfigError
+        Impossible numbers, equal labels, no classifier of the field, or cells without counts.
+    KeyNotFoundError
+        A field or label that the model does not know.
+    """
+    import anndata as ad
+    import pandas as pd
+
+    codes = [int(model.labels.encode({field: label})[model.labels.fields.index(field)]) for label in (source, target)]
+    sampler = sampler or LatentSampler()
+    sampler.check(model.config.n_times)
+    for is_wrong, found, expected in (
+        (codes[0] == codes[1], f"from {source} to {target}", "two different labels"),
+        (steps < 2, f"steps={steps}", "at least 2"),
+        (n_cells < 1, f"n_cells={n_cells}", "at least 1"),
+        (seed < 0, f"seed={seed}", "0 or more"),
+        (not 0 < start_time <= 1, f"start_time={start_time}", "above 0, at most 1"),
+        (not (np.isfinite(strength) and strength > 0), f"strength={strength}", "above 0"),
+        (
+            (cells is not None and not np.diff(cells.counts.indptr).all()) or (cells is not None and not cells.n_cells),
+            "no cells, or cells without counts, to start from",
+            f"cells of {field} {source} with counts",
+        ),
+    ):
+        if is_wrong:
+            raise ConfigError(found, expected=expected, fix="see scdiva interpolate --help")
+    rng = np.random.default_rng([seed, _SIZES])
+    start = None
+    if cells is None:
+        wanted = np.tile(model.labels.encode({field: source}), (n_cells, 1))
+        depth = model.population.sizes.draw(wanted, rng).depth
+    else:
+        row = np.arange(n_cells) % cells.n_cells
+        start = model.encode(cells)[row]
+        depth = np.asarray(cells.counts.sum(axis=1)).ravel()[row]
+    state = np.random.SeedSequence([seed, _LATENT, 0]).generate_state(1, np.uint64)[0]
+    nothing = np.zeros((n_cells, model.labels.n_fields), dtype=np.int32)
+    positions = np.linspace(0.0, 1.0, steps)
+    counts, latents = [], []
+    for i, position in enumerate(positions):
+        pull = np.zeros(len(model.labels.labels(field)), dtype=np.float32)
+        pull[codes[0] - 1], pull[codes[1] - 1] = strength * (1.0 - position), strength * position
+        z = model.sample_latents(
+            nothing,
+            depth,
+            torch.Generator().manual_seed(int(state >> np.uint64(1))),
+            sampler=sampler,
+            pull={field: pull},
+            start=start,
+            start_time=start_time,
+        )
+        latents.append(z)
+        counts.append(model.decode(z, depth, np.random.default_rng([seed, _COUNTS, i])))
+    all_depths = np.tile(depth, steps)
+    sizes = DrawnSizes(all_depths, all_depths, all_depths.astype(float), np.zeros(all_depths.size, dtype=np.int32))
+    every = np.tile(nothing, (steps, 1))
+    obs, var = annotate_cells(model.labels, model.vocabulary, every, sizes, model.population.sizes.is_measured)
+    del obs["scdiva_n_genes"]
+    obs["scdiva_position"] = np.repeat(positions, n_cells)
+    obs["scdiva_path"] = pd.Categorical([str(i) for i in np.tile(np.arange(n_cells), steps)])
+    record = {
+        **model.provenance, "field": field, "source": source, "target": target, "steps": steps, "seed": seed,
+        "start": "noise" if start is None else "given cells", "start_time": start_time, "strength": strength,
+        "sampler": {**dataclasses.asdict(sampler), "n_steps": sampler.steps(model.config.n_times)},
+    }  # fmt: skip
+    return ad.AnnData(
+        X=sp.vstack(counts, format="csr"),
+        obs=obs,
+        var=var,
+        obsm={"X_scdiffusion": np.concatenate(latents)},
+        uns={"scdiva": {"interpolate": record}},
+    )
+
+
+def latent_record(model: ScDiffusion, plan: LatentPlan) -> dict[str, Any]:
+    """Return what was asked of what, for ``.uns``."""
+    sampler = {**dataclasses.asdict(plan.sampler), "n_steps": plan.sampler.steps(model.config.n_times)}
+    return {
+        **model.provenance,
+        "seed": plan.seed,
+        "n_cells": plan.n_cells,
+        "sampler": sampler,
+        "latent": "latent diffusion",
+        "guidance_weights": {field: float(value) for field, value in plan.weight.items()},
+        "classifier_guidance": {field: float(value) for field, value in plan.guidance.items()},
+        "notes": list(plan.notes),
+    }
+
+
+def refuse_foreign_options(options: Mapping[str, Any]) -> None:
+    """Refuse what only the masked diffusion does.
+
+    Parameters
+    ----------
+    options
+        Name to value; None where it was left out.
+
+    Raises
+    ------
+    UnsupportedError
+        Names those that were given.
+    """
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise UnsupportedError(
+            f"{', '.join(given)} with a model of family scdiffusion",
+            expected="conditions, weights, guidance, n_umis, a latent sampler and a seed",
+            fix=f"leave {', '.join(given)} out, or name a scDiVa model",
+        )

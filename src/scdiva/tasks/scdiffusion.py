@@ -1,0 +1,631 @@
+"""``scdiffusion``: from one file of raw counts to a latent diffusion that generates cells under stated conditions.
+
+Autoencoder, denoiser and classifiers are trained one after the other by the same loop, each in a folder of its own
+that the same call resumes. Folders of a run: ``autoencoder``, ``denoiser``, ``classifier-FIELD`` and, at the end,
+``bundle``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from scdiva.config import LoopConfig, ScDiffusionConfig, apply_overrides
+from scdiva.data.conditions import ConditionLabels, collect_labels
+from scdiva.data.population import CellSizes
+from scdiva.data.reader import CountsReader, open_counts
+from scdiva.data.source import open_source
+from scdiva.data.splits import hold_out
+from scdiva.data.statistics import GeneStatistics
+from scdiva.errors import ConfigError, OutputError, SourceError
+from scdiva.genes import GeneVocabulary
+from scdiva.models.prior import MixturePrior, Population
+from scdiva.models.scdiffusion import LatentSampler, ScDiffusion
+from scdiva.models.scdiffusion.autoencoder import Autoencoder, SparseCells, calibrate_dispersions
+from scdiva.models.scdiffusion.classifiers import LatentClassifier
+from scdiva.models.scdiffusion.model import build_networks
+from scdiva.models.scdiffusion.objectives import (
+    AutoencoderObjective,
+    ClassifierObjective,
+    DenoiserObjective,
+    LatentTable,
+)
+from scdiva.serialization import log1p_cp10k
+from scdiva.types import CellCounts, Objective
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from scdiva.data.source import DataLike
+    from scdiva.training import FitResult
+
+BUNDLE = "bundle"
+"""Folder of the model within the folder of a run."""
+MIN_CELLS = 20
+"""Cells that each label needs: of fewer, neither denoiser nor classifier learns more than the cells themselves."""
+MIN_CELLS_PER_GENE = 3
+"""Genes detected in fewer cells are left out of the model."""
+MIN_CELLS_IN_ALL = 50
+PARTS = ("autoencoder", "denoiser", "classifier")
+"""What is trained, in this order."""
+_BLOCK = 512
+# tags of the random streams that this file draws from a seed
+_SPLIT_STREAM, _POPULATION_STREAM, _CALIBRATION_STREAM = 160, 161, 162
+_CALIBRATION_CELLS = 10_000
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FittedScDiffusion:
+    """The result of :func:`fit_scdiffusion`.
+
+    Parameters
+    ----------
+    model
+        The model, on the CPU.
+    path
+        Its bundle; None where no folder was named.
+    metrics
+        Held-out figures, by name.
+    seconds
+        Wall-clock seconds of each part over all calls, by name.
+    """
+
+    model: ScDiffusion
+    path: Path | None
+    metrics: Mapping[str, float]
+    seconds: Mapping[str, float]
+
+
+def fit_scdiffusion(
+    data: DataLike,
+    conditions: Sequence[str] = (),
+    out_dir: str | Path | None = None,
+    *,
+    config: ScDiffusionConfig | None = None,
+    settings: Sequence[str] = (),
+    with_classifiers: bool = True,
+    layer: str | None = None,
+    min_cells: int = MIN_CELLS,
+    name: str = "",
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool = True,
+) -> FittedScDiffusion:
+    """Fit a latent diffusion to the cells of one file or AnnData.
+
+    Parameters
+    ----------
+    data
+        Raw counts of human genes.
+    conditions
+        Columns of ``.obs`` that the model can be asked for. Cells without a label take part, as cells of which nothing
+        is known. None: the model generates cells of all kinds.
+    out_dir
+        Folder of the run, which the same call resumes; None: a temporary one.
+    config
+        Sizes; ``fields`` and ``classified`` are set here.
+    settings
+        What is to differ from :func:`loop_config`, such as ``"denoiser.training.max_steps=2000"``: a part
+        ("autoencoder", "denoiser" or "classifier"), then a key of its loop.
+    with_classifiers
+        Whether each condition gets a classifier for classifier guidance; they can be added later
+        (:func:`add_classifier`).
+    layer
+        Where the counts are; found if left out.
+    min_cells
+        Cells that each label needs.
+    name
+        Of the model; made from the data's name if left out.
+    seed
+        Seed of everything random.
+    device
+        Where to train: "auto", "cpu" or "cuda".
+    progress
+        Show progress bars on a terminal.
+
+    Raises
+    ------
+    SourceError, ScaleError, GeneError
+        The data cannot be used, or holds too few cells.
+    KeyNotFoundError
+        There is no such column, or no cell has a label.
+    ConfigError
+        A label of too few cells; names all of them. The same condition twice, or a setting that does not exist.
+    OutputError, TrainingError, NonFiniteLossError
+        See :func:`scdiva.training.fit`.
+    """
+    _refuse_foreign_bundle(out_dir)
+    by_part = _settings_by_part(settings)
+    reader, labels = _opened(data, conditions, layer, min_cells)
+    cells = _trainable(reader)
+    sizes = (config or ScDiffusionConfig()).model_copy(
+        update={"fields": tuple(labels.fields), "classified": tuple(labels.fields) if with_classifiers else ()}
+    )
+    train, heldout = hold_out(
+        np.zeros(cells.n_cells, dtype=str), _HELDOUT_SHARE, np.random.default_rng([seed, _SPLIT_STREAM])
+    )
+    trained = cells.take(train)
+    statistics = GeneStatistics.from_cells(trained)
+    networks = build_networks(cells.n_genes, sizes, labels, seed=seed)
+    mean_value = np.bincount(trained.counts.indices, weights=log1p_cp10k(trained), minlength=cells.n_genes)
+    networks.autoencoder.start_at(statistics.log_mean_profile(), mean_value / trained.n_cells)
+    networks.set_depths(_depth(trained))
+    source = reader.source.name
+    folder = nullcontext(str(out_dir)) if out_dir is not None else tempfile.TemporaryDirectory(prefix="scdiva-")
+    fits: dict[str, FitResult] = {}
+    # a caller's inference mode would take the gradients away
+    with torch.inference_mode(False), folder as out:
+        run = _Run(cells, train, heldout, source, Path(out), by_part, seed, device, progress)
+        fits["autoencoder"] = run.fit("autoencoder", AutoencoderObjective(networks.autoencoder), sizes)
+        calibrate_dispersions(networks.autoencoder, _some_blocks(trained, seed))
+        networks.autoencoder.standardise_by(_raw_latents(networks.autoencoder, trained))
+        table = LatentTable(_latents(networks.autoencoder, cells), networks.told_depth(_depth(cells)))
+        fits["denoiser"] = run.fit("denoiser", DenoiserObjective(networks.denoiser, table, sizes.n_times), sizes)
+        for i, field in enumerate(sizes.classified):
+            classifier = networks.classifiers[i]
+            assert isinstance(classifier, LatentClassifier)
+            fits[f"classifier-{field}"] = _fit_classifier(run, classifier, table, labels, field, sizes)
+    metrics = {
+        f"heldout_{part}_loss": float(fit.best_value) for part, fit in fits.items() if fit.best_value is not None
+    }
+    details = {
+        "name": name or ("scdiffusion" if reader.source.path is None else f"scdiffusion-{Path(source).stem}"),
+        "description": f"Latent diffusion of the cells of {source}"
+        + (f", conditioned on {', '.join(labels.fields)}." if labels.n_fields else "."),
+        "trained_heads": ["autoencoder", "denoiser", *(f"classifier of {field}" for field in sizes.classified)],
+        "training": _record(reader, trained, heldout.size, fits, seed),
+        "metrics": metrics,
+    }
+    population = _population(table.z[train], trained, seed)
+    model = ScDiffusion(
+        networks, sizes, reader.alignment.vocabulary, statistics, labels=labels, population=population, details=details
+    )
+    path = None
+    if out_dir is not None:
+        path = Path(out_dir) / BUNDLE
+        model.save_pretrained(path, overwrite=True)
+        model = ScDiffusion.from_pretrained(path, device="cpu")
+    return FittedScDiffusion(model.to("cpu"), path, metrics, {part: 60 * fit.minutes for part, fit in fits.items()})
+
+
+def add_classifier(
+    model: ScDiffusion,
+    data: DataLike,
+    field: str,
+    out_dir: str | Path | None = None,
+    *,
+    settings: Sequence[str] = (),
+    layer: str | None = None,
+    min_cells: int = MIN_CELLS,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool = True,
+) -> FittedScDiffusion:
+    """Add a condition to a model without training autoencoder or denoiser again: a classifier guides towards it.
+
+    Parameters
+    ----------
+    model
+        It is not changed.
+    data
+        Cells with a column ``field``; those the model was fitted to, or others like them. Sizes of cells are taken from
+        them.
+    field
+        Column of ``.obs`` that the model has no classifier for.
+    out_dir
+        Folder of the run, the new model in its ``bundle``; None: a temporary one.
+    settings
+        What is to differ from :func:`loop_config`: ``"classifier.training.max_steps=500"``.
+    layer, min_cells, seed, device, progress
+        As for :func:`fit_scdiffusion`.
+
+    Raises
+    ------
+    ConfigError
+        The model has a classifier for the field, or a label has too few cells.
+    SourceError, ScaleError, GeneError, KeyNotFoundError, OutputError, TrainingError, NonFiniteLossError
+        As for :func:`fit_scdiffusion`.
+    """
+    _refuse_foreign_bundle(out_dir)
+    if field in model.config.classified:
+        raise ConfigError(
+            f"{model.name} has a classifier of {field}", expected="a field without one", fix="guide by it as it is"
+        )
+    source = open_source(data)
+    reader = open_counts(source, model.vocabulary, layer=layer)
+    found = _labels_of(reader, [field], min_cells)
+    labels = model.labels if field in model.labels.fields else model.labels.merged(found)
+    unknown = [label for label in found.labels(field) if label not in labels.labels(field)]
+    if unknown:
+        raise ConfigError(
+            f"{source.name}: {field} has labels that the model does not know: {', '.join(unknown)}",
+            expected=f"labels of {', '.join(labels.labels(field))}",
+            fix="leave these cells out, or fit a model to them",
+        )
+    cells = _trainable(reader.with_conditions(labels, {}))
+    sizes = model.config.model_copy(update={"classified": (*model.config.classified, field)})
+    networks = build_networks(model.vocabulary.n_genes, sizes, labels, seed=seed)
+    old = {name: tensor.cpu() for name, tensor in model.networks.state_dict().items()}
+    networks.load_state_dict({**networks.state_dict(), **old}, strict=True)
+    train, heldout = hold_out(
+        np.zeros(cells.n_cells, dtype=str), _HELDOUT_SHARE, np.random.default_rng([seed, _SPLIT_STREAM])
+    )
+    folder = nullcontext(str(out_dir)) if out_dir is not None else tempfile.TemporaryDirectory(prefix="scdiva-")
+    part = f"classifier-{field}"
+    with torch.inference_mode(False), folder as out:
+        by_part = _settings_by_part(settings)
+        run = _Run(cells, train, heldout, source.name, Path(out), by_part, seed, device, progress, model.weights_hash())
+        table = LatentTable(_latents(networks.autoencoder, cells), networks.told_depth(_depth(cells)))
+        classifier = networks.classifiers[len(sizes.classified) - 1]
+        assert isinstance(classifier, LatentClassifier)
+        fit = _fit_classifier(run, classifier, table, labels, field, sizes)
+    metrics = dict(model.details.get("metrics", {}))
+    if fit.best_value is not None:
+        metrics[f"heldout_{part}_loss"] = float(fit.best_value)
+    details = {
+        **model.details,
+        "trained_heads": [*model.details.get("trained_heads", []), f"classifier of {field}"],
+        "metrics": metrics,
+    }
+    population = _population(table.z[train], cells.take(train), seed)
+    larger = ScDiffusion(
+        networks, sizes, model.vocabulary, model.statistics, labels=labels, population=population, details=details
+    )
+    path = None
+    if out_dir is not None:
+        path = Path(out_dir) / BUNDLE
+        larger.save_pretrained(path, overwrite=True)
+        larger = ScDiffusion.from_pretrained(path, device="cpu")
+    return FittedScDiffusion(larger.to("cpu"), path, metrics, {part: 60 * fit.minutes})
+
+
+def scdiffusion_generator(
+    labels_key: str,
+    *,
+    sampler: LatentSampler | None = None,
+    settings: Sequence[str] = (),
+    folder: Path | None = None,
+) -> Callable[[AnnData, Mapping[str, int], int], AnnData]:
+    """Return what evaluations call: fit a model to training cells, then generate cells of each label.
+
+    Parameters
+    ----------
+    labels_key
+        Column of ``.obs`` with the labels.
+    sampler
+        How z is drawn.
+    settings
+        As for :func:`fit_scdiffusion`.
+    folder
+        Where the models go, one folder per seed; an interrupted training resumes from there. None: they are not kept.
+    """
+
+    def fit_and_generate(train: AnnData, wanted: Mapping[str, int], seed: int) -> AnnData:
+        import pandas as pd
+
+        from scdiva.tasks.latent_generation import generate_latent, plan_latent_cells
+
+        out = None if folder is None else folder / f"scdiffusion-seed-{seed}"
+        model = fit_scdiffusion(
+            train,
+            [labels_key],
+            out,
+            settings=settings,
+            with_classifiers=False,
+            min_cells=1,
+            seed=seed,
+            device="cpu",
+            progress=False,
+        ).model
+        table = pd.DataFrame({labels_key: [label for label, n in wanted.items() for _ in range(n)]})
+        cells = generate_latent(model, plan_latent_cells(model, table, None, sampler=sampler, seed=seed))
+        # genes by the names of the training cells, whatever the vocabulary calls them
+        columns = open_counts(open_source(train), model.vocabulary, min_coverage=0.0).alignment.source_of_gene()
+        cells.var_names = [str(train.var_names[columns[gene][0]]) for gene in range(model.vocabulary.n_genes)]
+        return cells
+
+    return fit_and_generate
+
+
+_HELDOUT_SHARE = 0.1
+
+
+def loop_config(part: str, n_cells: int, *, seed: int = 0, device: str = "auto") -> LoopConfig:
+    """Return the settings of the training loop of one part for so many cells.
+
+    Chosen on two sets of 2,600 and 3,500 cells (docs/scdiffusion.md). Every part stops when its held-out loss no longer
+    gains, and keeps the weights that were best: a denoiser that trains on learns the training cells by heart.
+
+    Parameters
+    ----------
+    part
+        "autoencoder", "denoiser" or "classifier".
+    n_cells
+        Cells that are trained on.
+    seed, device
+        Go into the settings.
+    """
+    steps, batch, lr, ema, every, patience = {
+        "autoencoder": (4000, 128, 1e-3, 0.99, 50, 5),
+        "denoiser": (6000, 256, 1e-3, 0.995, 250, 5),
+        "classifier": (1500, 256, 1e-3, 0.99, 100, 5),
+    }[part]
+    batch = int(np.clip(n_cells // 4, 8, batch))
+    return LoopConfig.model_validate(
+        {
+            "seed": seed,
+            "data": {"heldout_fraction": _HELDOUT_SHARE, "block_size": 1},
+            "optim": {"lr": lr, "warmup_steps": 50, "ema_decay": ema, "gene_lr_ratio": 10.0},
+            "training": {
+                "max_steps": steps,
+                "batch_size": batch,
+                "validate_every": every,
+                "patience": patience,
+                "checkpoint_every": 500,
+                "log_every": 50,
+                "device": device,
+            },
+        }
+    )
+
+
+def _settings_by_part(settings: Sequence[str]) -> dict[str, list[str]]:
+    """Sort settings by the part that they begin with; keys are checked before anything is read."""
+    by_part: dict[str, list[str]] = {}
+    for entry in settings:
+        part, _, rest = entry.partition(".")
+        if part not in PARTS or rest.startswith(("data.files", "data.conditions", "data.root", "seed")):
+            raise ConfigError(
+                f"the setting {entry!r}",
+                expected=f"one that begins with {' or '.join(PARTS)}, then a key of optim, training or data",
+                fix="for example denoiser.training.max_steps=2000",
+            )
+        by_part.setdefault(part, []).append(rest)
+    for part, entries in by_part.items():
+        apply_overrides(loop_config(part, 1000), entries)
+    return by_part
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What all parts of a run share."""
+
+    cells: CellCounts
+    train: NDArray[np.int64]
+    heldout: NDArray[np.int64]
+    name: str
+    out: Path
+    settings: Mapping[str, Sequence[str]]
+    seed: int
+    device: str
+    progress: bool
+    start_from: str = ""
+
+    def fit(
+        self,
+        part: str,
+        objective: Objective,
+        sizes: ScDiffusionConfig,
+        *,
+        kind: str | None = None,
+        train: NDArray[np.int64] | None = None,
+        heldout: NDArray[np.int64] | None = None,
+    ) -> FitResult:
+        """Train one part; the objective holds the best weights afterwards."""
+        # deferred: Lightning takes a second
+        from scdiva.training import fit
+
+        train = self.train if train is None else train
+        heldout = self.heldout if heldout is None else heldout
+        usual = loop_config(kind or part, train.size, seed=self.seed, device=self.device)
+        loop = apply_overrides(usual, self.settings.get(kind or part, ()))
+        began = time.monotonic()
+        result = fit(
+            objective,
+            _InMemory(self.cells, self.name),
+            train_indices=train,
+            heldout_indices=heldout,
+            config=loop,
+            out_dir=self.out / part,
+            identity={
+                "content_of_the_cells": _content_hash(self.cells),
+                "sizes": sizes.model_dump_json(),
+                **({"model_to_start_from": self.start_from} if self.start_from else {}),
+            },
+            progress=self.progress,
+        )
+        log.info("%s: kept step %d of %d; %.0f s", part, result.best_step, result.last_step, time.monotonic() - began)
+        return result
+
+
+def _fit_classifier(
+    run: _Run,
+    classifier: LatentClassifier,
+    table: LatentTable,
+    labels: ConditionLabels,
+    field: str,
+    sizes: ScDiffusionConfig,
+) -> FitResult:
+    column = labels.fields.index(field)
+    code = run.cells.condition[:, column]
+    n_cells = np.bincount(code[code > 0] - 1, minlength=len(labels.labels(field)))
+    # every label weighs alike, and the mean weight of a cell is 1
+    weight = (n_cells.sum() / np.maximum(n_cells, 1) / n_cells.size).astype(np.float32)
+    objective = ClassifierObjective(classifier, table, column, sizes.n_times, weight)
+    return run.fit(
+        f"classifier-{_folder_name(field)}",
+        objective,
+        sizes,
+        kind="classifier",
+        train=run.train[code[run.train] > 0],
+        heldout=run.heldout[code[run.heldout] > 0],
+    )
+
+
+def _folder_name(field: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in field)
+
+
+@dataclass(frozen=True, slots=True)
+class _InMemory:
+    """The cells as a collection; positions in it are ``cell_index``."""
+
+    cells: CellCounts
+    name: str
+
+    def __len__(self) -> int:
+        return self.cells.n_cells
+
+    def read(self, indices: NDArray[np.integer]) -> CellCounts:
+        return self.cells.take(np.asarray(indices))
+
+    def describe(self, indices: Sequence[int]) -> str:
+        return f"{self.name}, cells {', '.join(str(i) for i in indices)}"
+
+
+def _opened(
+    data: DataLike, conditions: Sequence[str], layer: str | None, min_cells: int
+) -> tuple[CountsReader, ConditionLabels]:
+    """Open the counts over the genes that enough cells express, with the labels of the conditions."""
+    source = open_source(data)
+    reader = open_counts(source, GeneVocabulary.default(), layer=layer)
+    labels = _labels_of(reader, conditions, min_cells)
+    n_detected = np.zeros(reader.alignment.vocabulary.n_genes, dtype=np.int64)
+    for first in range(0, source.n_cells, _BLOCK):
+        block = reader.read(np.arange(first, min(first + _BLOCK, source.n_cells)))
+        n_detected += np.bincount(block.counts.indices, minlength=n_detected.size)
+    is_seen = n_detected >= MIN_CELLS_PER_GENE
+    if not is_seen.any():
+        raise SourceError(
+            f"{source.name}: no gene is detected in {MIN_CELLS_PER_GENE} cells",
+            expected="raw counts of whole transcriptomes",
+            fix="check that this is the right file (scdiva check)",
+        )
+    vocabulary = reader.alignment.vocabulary.subset(is_seen)
+    # how much of the file the whole vocabulary covers was looked at above
+    return open_counts(source, vocabulary, layer=layer, min_coverage=0.0, conditions=labels), labels
+
+
+def _labels_of(reader: CountsReader, conditions: Sequence[str], min_cells: int) -> ConditionLabels:
+    """Collect labels; refuse those of too few cells."""
+    if not conditions:
+        return ConditionLabels.none()
+    named = {field: field for field in conditions}
+    labels, report = collect_labels([(reader, None)], conditions, [named])
+    for line in report.lines():
+        log.info("%s", line)
+    for field in labels.fields:
+        code = labels.codes(field, reader.source.column(field))
+        n_cells = np.bincount(code, minlength=len(labels.labels(field)) + 1)[1:]
+        rare = [f"{label!r} ({n})" for label, n in zip(labels.labels(field), n_cells, strict=True) if n < min_cells]
+        if rare:
+            raise ConfigError(
+                f"{reader.source.name}: {len(rare)} label{'s' if len(rare) > 1 else ''} of {field} with too few cells: "
+                f"{', '.join(rare[:10])}{' ...' if len(rare) > 10 else ''}",
+                expected=f"at least {min_cells} cells of each label",
+                fix="merge labels, empty them (such cells count as unknown), leave the cells out, or lower the minimum "
+                "(--min-cells)",
+            )
+    return labels
+
+
+def _trainable(reader: CountsReader) -> CellCounts:
+    """Read all cells that have counts; positions in the result are their ``cell_index``."""
+    cells = reader.read(np.arange(len(reader)))
+    kept = np.flatnonzero(np.diff(cells.counts.indptr) > 0)
+    if kept.size < cells.n_cells:
+        log.warning("%s: %d cells without counts are left out", reader.source.name, cells.n_cells - kept.size)
+    if kept.size < MIN_CELLS_IN_ALL:
+        raise SourceError(
+            f"{reader.source.name} has {kept.size} cells with counts",
+            expected=f"at least {MIN_CELLS_IN_ALL}; thousands are usual",
+            fix="give a file with more cells",
+        )
+    return replace(cells.take(kept), cell_index=np.arange(kept.size, dtype=np.int64))
+
+
+def _depth(cells: CellCounts) -> NDArray[np.int64]:
+    return np.asarray(cells.counts.sum(axis=1)).ravel().astype(np.int64)
+
+
+def _raw_latents(autoencoder: Autoencoder, cells: CellCounts) -> NDArray[np.float32]:
+    return _in_blocks(cells, autoencoder.raw_latent)
+
+
+def _latents(autoencoder: Autoencoder, cells: CellCounts) -> NDArray[np.float32]:
+    return _in_blocks(cells, autoencoder.encode)
+
+
+@torch.no_grad()
+def _in_blocks(cells: CellCounts, encode: Any) -> NDArray[np.float32]:
+    blocks = (np.arange(i, min(i + _BLOCK, cells.n_cells)) for i in range(0, cells.n_cells, _BLOCK))
+    return np.concatenate([encode(SparseCells.pack(cells.take(rows))).float().numpy() for rows in blocks])
+
+
+def _some_blocks(cells: CellCounts, seed: int) -> Iterator[SparseCells]:
+    rng = np.random.default_rng([seed, _CALIBRATION_STREAM])
+    chosen = np.sort(rng.permutation(cells.n_cells)[:_CALIBRATION_CELLS])
+    for first in range(0, chosen.size, _BLOCK):
+        yield SparseCells.pack(cells.take(chosen[first : first + _BLOCK]))
+
+
+def _population(z: NDArray[np.float32], cells: CellCounts, seed: int) -> Population:
+    """Sizes of the training cells; a Gaussian mixture of z beside them, as in every bundle that generates."""
+    rng = np.random.default_rng([seed, _POPULATION_STREAM])
+    sizes = np.stack([_depth(cells), np.diff(cells.counts.indptr)], axis=1)
+    return Population(CellSizes.of([cells], rng), MixturePrior.fit(z, sizes, cells.condition, seed))
+
+
+def _record(
+    reader: CountsReader, trained: CellCounts, n_heldout: int, fits: Mapping[str, FitResult], seed: int
+) -> dict[str, Any]:
+    return {
+        "n_cells": trained.n_cells,
+        "n_heldout": int(n_heldout),
+        "heldout": "cells at random",
+        "n_cells_seen": sum(fit.n_cells for fit in fits.values()),
+        "n_steps": sum(fit.last_step for fit in fits.values()),
+        "best_step": sum(fit.best_step for fit in fits.values()),
+        "kept_steps": {part: fit.best_step for part, fit in fits.items()},
+        "seed": seed,
+        "sources": [
+            {
+                "name": reader.source.name,
+                "n_cells": reader.source.n_cells,
+                "n_genes": reader.alignment.n_vocabulary_genes_present,
+                "coverage": float(_depth(trained).sum() / max(float(trained.library_size.sum()), 1.0)),
+                "licence": "the user's own data",
+            }
+        ],
+    }
+
+
+def _refuse_foreign_bundle(out_dir: str | Path | None) -> None:
+    """Refuse a bundle that no run of the folder has made: it is somebody's model, and is not replaced."""
+    if out_dir is None:
+        return
+    out = Path(out_dir)
+    if (out / BUNDLE).exists() and not any(out.glob("*/config.toml")):
+        raise OutputError(
+            f"{out / BUNDLE} exists, and no run of {out} has made it", expected="a new folder", fix="name another one"
+        )
+
+
+def _content_hash(cells: CellCounts) -> str:
+    digest = hashlib.sha256()
+    for array in (cells.counts.indptr, cells.counts.indices, cells.counts.data, cells.condition):
+        digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
+    return digest.hexdigest()
