@@ -145,7 +145,7 @@ def generation(
     n_rows = -(-len(points) // n_columns)
     names = sorted({kind for found in types.values() for kind in found})
     n_legend = -(-len(names) // (2 * n_columns))
-    upper_height, lower_height = 4.1 * n_rows + 0.25 * n_legend + 0.3, 3.4
+    upper_height, lower_height = 4.3 * n_rows + 0.2 * n_legend + 0.3, 3.5 + 0.2 * (len(points) > 3)
     figure = Figure(figsize=(max(4.0 * n_columns, 11.5), upper_height + lower_height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     parts: Any = figure.subfigures(2, 1, height_ratios=[upper_height, lower_height])
@@ -162,13 +162,15 @@ def generation(
         for i, kind in enumerate(names):
             chosen = found[types[name] == kind]
             axes.scatter(chosen[:, 0], chosen[:, 1], s=5, color=palette(i % palette.N), linewidths=0)
-        title = "\n".join(textwrap.wrap(f"{name}: {len(found):,} cells", 40))
         axes.set(xticks=[], yticks=[], xlim=limits[0], ylim=limits[1])
-        axes.set_title(title, fontsize=11)
+        axes.set_title(f"{name}\n{len(found):,} cells", fontsize=10)
     dots = [
         Line2D([], [], marker="o", linestyle="", markersize=6, color=palette(i % palette.N)) for i in range(len(names))
     ]
-    upper.legend(dots, names, loc="outside lower center", ncols=2 * n_columns, fontsize=8, frameon=False)
+    if len(panels) > len(points) and len(names) <= 24:  # a place is free
+        panels[-1].legend(dots, names, loc="center", fontsize=9, frameon=False, ncols=1 + (len(names) > 14))
+    else:
+        upper.legend(dots, names, loc="outside lower center", ncols=2 * n_columns, fontsize=8, frameon=False)
     line = colormaps["Dark2"]
     styles = {name: {"color": "black" if i == 0 else line(i - 1), "label": name} for i, name in enumerate(counts)}
     curves = lower.subplots(1, 4)
@@ -193,7 +195,8 @@ def generation(
         axes.tick_params(axis="x", labelrotation=45)
     for axes in curves:
         axes.spines[["top", "right"]].set_visible(False)
-    curves[0].legend(frameon=False, fontsize=8)
+    handles, texts = curves[0].get_legend_handles_labels()
+    lower.legend(handles, texts, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     with replacing(Path(path)) as partial:
         figure.savefig(partial, format="png")
 
@@ -206,6 +209,7 @@ def marker_dots(
     color: str = "cell_type",
     markers_of: AnnData | None = None,
     n_markers: int = 3,
+    gene_symbols: str | None = None,
 ) -> None:
     """Draw a dot plot of marker genes, real cells and generated ones of each type under each other.
 
@@ -228,11 +232,13 @@ def marker_dots(
         Cells that the markers are chosen by, best none of those that are drawn; ``real`` if left out.
     n_markers
         Genes of each type; a gene stands with the first type that it marks.
+    gene_symbols
+        Column of ``real.var`` with the names to show; ``var_names`` if left out.
 
     Raises
     ------
     KeyNotFoundError
-        Somebody lacks the column.
+        Somebody lacks the column, or the real cells that of ``gene_symbols``.
     SourceError
         Fewer than two types, or no markers.
     """
@@ -247,6 +253,12 @@ def marker_dots(
 
     everything = {"real": real, **generated}
     chosen_by = real if markers_of is None else markers_of
+    if gene_symbols is not None and gene_symbols not in real.var:
+        raise KeyNotFoundError(
+            f"the real cells have no .var[{gene_symbols!r}]",
+            expected=f"one of {', '.join(map(str, real.var.columns)) or 'none'}",
+            fix="leave gene_symbols out",
+        )
     for name, cells in {**everything, "marker": chosen_by}.items():
         _require_column(cells, name, color)
     labels = {name: cells.obs[color].astype(str).to_numpy(dtype=str) for name, cells in everything.items()}
@@ -274,7 +286,11 @@ def marker_dots(
     largest = np.maximum(mean[:, 0].max(axis=0), 1e-9)
     # one line of text for each row, a gap between types
     place = np.arange(len(drawn))[:, None] * (len(everything) + 0.8) + np.arange(len(everything))
-    figure = Figure(figsize=(3.6 + 0.27 * genes.size + 0.6, 1.7 + 0.21 * place.max()), dpi=100, layout="constrained")
+    figure = Figure(
+        figsize=(2.6 + 0.06 * max(map(len, everything)) + 0.27 * genes.size, 1.7 + 0.21 * place.max()),
+        dpi=100,
+        layout="constrained",
+    )
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     x = np.broadcast_to(np.arange(genes.size), mean.shape)
@@ -291,9 +307,9 @@ def marker_dots(
             axes.plot([a - 0.5, b - 0.5, b - 0.5, a - 0.5, a - 0.5],
                       [place[i, 0] - 0.7] * 2 + [place[i, -1] + 0.7] * 2 + [place[i, 0] - 0.7],
                       color="0.3", linewidth=0.8, zorder=1)  # fmt: skip
-    axes.set_xticks(range(genes.size), real.var_names[genes].tolist(), rotation=90, fontsize=8)
-    names = [_short(name) for name in everything]
-    axes.set_yticks(place.ravel(), names * len(drawn), fontsize=7)
+    shown = real.var_names if gene_symbols is None else real.var[gene_symbols].astype(str)
+    axes.set_xticks(range(genes.size), [str(name) for name in shown.to_numpy()[genes]], rotation=90, fontsize=8)
+    axes.set_yticks(place.ravel(), list(everything) * len(drawn), fontsize=7)
     for i, kind in enumerate(drawn):
         axes.annotate(
             "\n".join(textwrap.wrap(kind, 18)), (1.01, place[i].mean()), xycoords=("axes fraction", "data"),
@@ -406,10 +422,6 @@ def _require_column(cells: AnnData, name: str, color: str) -> None:
             expected=f"one of {', '.join(map(str, cells.obs.columns)) or 'none'}",
             fix="write their types there",
         )
-
-
-def _short(name: str) -> str:
-    return textwrap.shorten(name, 30, placeholder=" …")
 
 
 def _counts_over(cells: AnnData, genes: pd.Index) -> sp.csr_matrix:

@@ -67,6 +67,7 @@ def evaluate_generation(
         "cells_folder": out / "cells",
         "on_row": lambda run: typer.echo(str(run)),
     }
+    symbols: dict[str, str] = {}
     if generated is not None and heldout is not None:
         out.mkdir(parents=True, exist_ok=True)
         report = task.evaluate_generated(file, heldout, generated, unit=unit, **shared)  # type: ignore[arg-type]
@@ -86,12 +87,13 @@ def evaluate_generation(
         typer.echo(what)
         out.mkdir(parents=True, exist_ok=True)
         report = task.evaluate_generation(data, generators, train_fraction=train_fraction, **shared)
-    _draw(out, report.ours, labels_key)
+        symbols = dict(zip(data.var_names, data.var["symbol"], strict=True))
+    _draw(out, report.ours, labels_key, symbols)
     for path in report.write(out):
         typer.echo(str(path))
 
 
-def _draw(out: Path, ours: tuple[str, ...], labels_key: str) -> None:
+def _draw(out: Path, ours: tuple[str, ...], labels_key: str, symbols: dict[str, str]) -> None:
     """Draw the cells of the first seed: held out and ours, at most four methods; a baseline if none is ours."""
     import anndata as ad
 
@@ -111,5 +113,7 @@ def _draw(out: Path, ours: tuple[str, ...], labels_key: str) -> None:
     pl.generation(real, made, out / "generation.png", color=labels_key)
     typer.echo(str(out / "generation.png"))
     if real.obs[labels_key].nunique() > 1:
-        pl.marker_dots(real, made, out / "markers.png", color=labels_key, markers_of=third)
+        real.var["symbol"] = [symbols.get(name) or name for name in real.var_names]
+        path = out / "markers.png"
+        pl.marker_dots(real, made, path, color=labels_key, markers_of=third, gene_symbols="symbol")
         typer.echo(str(out / "markers.png"))

@@ -352,14 +352,17 @@ class GenerationReport:
         lines = []
         for method in self.methods:
             runs = [run for run in self.runs if run.method == method and run.nearest]
-            wrong: dict[str, int] = {}
-            for run in runs:
-                for name, other in run.nearest.items():
-                    if other != name:
-                        wrong[f"{name} → {other}"] = wrong.get(f"{name} → {other}", 0) + 1
+            wrong: dict[str, dict[str, int]] = {}
+            for name, other in ((n, o) for run in runs for n, o in run.nearest.items() if n != o):
+                wrong.setdefault(other, {})[name] = wrong.get(other, {}).get(name, 0) + 1
             if wrong:
-                text = "; ".join(f"{pair} ({n} of {len(runs)} seeds)" for pair, n in wrong.items())
-                lines.append(f"- {TITLES.get(method, method)}, means nearest to another type's: {text}.")
+                found = [
+                    f"{', '.join(f'{name} ({n} of {len(runs)})' for name, n in of.items())} → {other}"
+                    for other, of in wrong.items()
+                ]
+                lines.append(
+                    f"- {TITLES.get(method, method)}, types nearest to another's mean (seeds): {'; '.join(found)}."
+                )
         return lines
 
     def _reasons(self) -> list[str]:
