@@ -104,7 +104,7 @@ class ProtocolReport:
             "Correlations of means, MMD, iLISI and forest on the components of real and generated cells together, "
             "neighbours within types; real and generated cells in equal numbers. CellTypist: mean over types of the "
             "share of cells called what was asked for, trained on real training cells; the ceiling's are held-out "
-            "cells. Correlations near 1 and small MMD are what any sampler of the types' means has.",
+            "cells. Correlations of means are near 1 for the null, too: it has every gene's mean.",
         ]
         if any(self.summary(name, CELLTYPIST, metrics.POOLED).n for name in self.methods):
             head = " | ".join(TITLES.get(name, name) for name in self.methods)
