@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
@@ -246,6 +247,7 @@ def marker_dots(
     import scipy.sparse as sp
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from PIL import Image  # matplotlib needs it
 
     from scdiva.data.output import replacing
     from scdiva.errors import SourceError
@@ -327,8 +329,13 @@ def marker_dots(
         handles, [f"{part:.0%}" for part in _SHARES], loc="outside lower right", ncols=len(_SHARES), fontsize=8,
         title="share of cells with the gene", title_fontsize=8, frameon=False,
     )  # fmt: skip
-    with replacing(Path(path)) as partial:
-        figure.savefig(partial, format="png")
+    if len(drawn) < kinds.size:
+        figure.suptitle(f"the {len(drawn)} largest of {kinds.size} types", fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    with replacing(Path(path)) as partial, Image.open(buffer) as picture:
+        # thousands of smooth dots: with a palette half as large a file, which nobody can tell apart
+        picture.convert("RGB").quantize(128).save(partial, format="PNG", optimize=True)
 
 
 def _markers_of_types(cells: LabelledCells, types: Sequence[str], n_markers: int) -> dict[str, list[int]]:
