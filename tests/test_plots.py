@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
 import scdiva as sd
-from scdiva.errors import KeyNotFoundError
+from scdiva.errors import KeyNotFoundError, SourceError
 
 
 def test_a_picture_is_written_whole_or_not_at_all(adata, tmp_path, monkeypatch):
@@ -47,6 +48,47 @@ def test_real_and_generated_cells_are_drawn_side_by_side(adata, tmp_path, monkey
     with pytest.raises(KeyNotFoundError, match="ours"):
         sd.pl.generation(adata, {"ours": made}, tmp_path / "b.png")
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_markers_are_drawn_for_real_and_generated_cells(adata, tmp_path, monkeypatch):
+    drawn = []
+    original = __import__("matplotlib.axes", fromlist=["Axes"]).Axes.scatter
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.scatter", lambda self, *a, **k: (drawn.append((a, k)), original(self, *a, **k))[1]
+    )
+    adata.var["symbol"] = [f"S{i}" for i in range(adata.n_vars)]
+    made = {"ours": adata[::2, ::-1].copy(), "theirs": adata[:60].copy()}
+    sd.pl.marker_dots(adata, made, tmp_path / "a.png", gene_symbols="symbol")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    (x, y), options = drawn[0]
+    n_types = adata.obs["cell_type"].nunique()
+    n_genes = np.unique(x).size
+    assert x.size == y.size == n_types * 3 * n_genes
+    assert np.nanmax(np.asarray(options["c"]).reshape(n_types, 3, n_genes)[:, 0]) == pytest.approx(1.0)
+    with pytest.raises(KeyNotFoundError, match="hgnc"):
+        sd.pl.marker_dots(adata, made, tmp_path / "b.png", gene_symbols="hgnc")
+    one = adata.copy()
+    one.obs["cell_type"] = "a"
+    with pytest.raises(SourceError, match="1 types"):
+        sd.pl.marker_dots(one, {}, tmp_path / "b.png")
+    del made["ours"].obs["cell_type"]
+    with pytest.raises(KeyNotFoundError, match="ours"):
+        sd.pl.marker_dots(adata, made, tmp_path / "b.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_markers_belong_to_one_type_each():
+    from scdiva.metrics.generation_space import LabelledCells
+    from scdiva.pl import _markers_of_types
+
+    counts = np.ones((40, 8), dtype=np.int32)
+    counts[:20, :3] = 9
+    counts[20:, 4:6] = 9
+    cells = LabelledCells(sp.csr_matrix(counts), np.repeat(["a", "b"], 20))
+    found = _markers_of_types(cells, ["a", "b"], 3)
+    assert set(found["a"]) == {0, 1, 2}
+    assert set(found["b"][:2]) == {4, 5}
+    assert not set(found["a"]) & set(found["b"])
 
 
 def test_generated_cells_are_aligned_by_gene_name(adata):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +17,12 @@ if TYPE_CHECKING:
     import scipy.sparse as sp
     from anndata import AnnData
 
-__all__ = ["generation", "steps", "umap"]
+    from scdiva.metrics.generation_space import LabelledCells
+
+__all__ = ["generation", "marker_dots", "steps", "umap"]
+
+_MAX_TYPES_OF_DOTS = 12
+_SHARES = (0.1, 0.5, 1.0)
 
 
 def umap(adata: AnnData, path: str | Path, *, color: str, basis: str = "X_umap", title: str | None = None) -> None:
@@ -82,6 +90,8 @@ def generation(
 ) -> None:
     """Draw real cells beside generated ones: UMAP by type, mean-variance and mean-dropout curves, depth.
 
+    One panel of the UMAP for the real cells and one for each generator, coloured by type, over the real cells in grey.
+
     Principal components (of the real cells' 2,000 variable genes, log1p(CP10K)) and UMAP are fitted to all cells
     together: fitted to the real ones alone they would show their noise, which nobody else can have, and put every
     generated cell at the rim. It is a picture, not a test.
@@ -110,6 +120,7 @@ def generation(
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
     from umap import UMAP
 
@@ -119,12 +130,7 @@ def generation(
 
     everything = {"real": real, **generated}
     for name, cells in everything.items():
-        if color not in cells.obs:
-            raise KeyNotFoundError(
-                f"the {name} cells have no .obs[{color!r}]",
-                expected=f"one of {', '.join(map(str, cells.obs.columns)) or 'none'}",
-                fix="write their types there",
-            )
+        _require_column(cells, name, color)
     counts = {name: _counts_over(cells, real.var_names) for name, cells in everything.items()}
     types = {name: cells.obs[color].astype(str).to_numpy() for name, cells in everything.items()}
     together = sp.csr_matrix(sp.vstack(list(counts.values())))
@@ -136,22 +142,36 @@ def generation(
         )
     last = np.cumsum([x.shape[0] for x in counts.values()])
     points = dict(zip(counts, np.split(np.asarray(placed), last[:-1]), strict=True))
-    figure = Figure(figsize=(4.2 * max(len(points), 3), 8.4), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    parts: Any = figure.subfigures(2, 1, height_ratios=[1.15, 1])
-    upper, lower = parts
+    n_columns = len(points) if len(points) <= 3 else -(-len(points) // 2)
+    n_rows = -(-len(points) // n_columns)
     names = sorted({kind for found in types.values() for kind in found})
+    n_legend = -(-len(names) // (2 * n_columns))
+    upper_height, lower_height = 4.3 * n_rows + 0.2 * n_legend + 0.3, 3.5 + 0.2 * (len(points) > 3)
+    figure = Figure(figsize=(max(4.0 * n_columns, 11.5), upper_height + lower_height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    parts: Any = figure.subfigures(2, 1, height_ratios=[upper_height, lower_height])
+    upper, lower = parts
     palette = colormaps["tab20"] if len(names) > 10 else colormaps["tab10"]
     stacked = np.concatenate(list(points.values()))
     limits = [(stacked[:, i].min() - 1, stacked[:, i].max() + 1) for i in range(2)]
-    panels = np.atleast_1d(upper.subplots(1, len(points), sharex=True, sharey=True))
-    for axes, (name, found) in zip(panels, points.items(), strict=True):
+    panels = np.atleast_1d(upper.subplots(n_rows, n_columns, sharex=True, sharey=True)).ravel()
+    for axes in panels[len(points) :]:
+        axes.set_axis_off()
+    for axes, (name, found) in zip(panels, points.items(), strict=False):
+        if name != "real":  # where real cells are, so that what is not made shows
+            axes.scatter(*points["real"].T, s=6, color="0.86", linewidths=0, rasterized=True)
         for i, kind in enumerate(names):
             chosen = found[types[name] == kind]
-            axes.scatter(chosen[:, 0], chosen[:, 1], s=5, color=palette(i % palette.N), linewidths=0, label=kind)
-        axes.set(xticks=[], yticks=[], xlim=limits[0], ylim=limits[1], title=f"{name}: {len(found):,} cells")
-    handles, texts = panels[0].get_legend_handles_labels()
-    upper.legend(handles, texts, loc="outside lower center", ncols=5, markerscale=3, fontsize=8, frameon=False)
+            axes.scatter(chosen[:, 0], chosen[:, 1], s=5, color=palette(i % palette.N), linewidths=0)
+        axes.set(xticks=[], yticks=[], xlim=limits[0], ylim=limits[1])
+        axes.set_title(f"{name}\n{len(found):,} cells", fontsize=10)
+    dots = [
+        Line2D([], [], marker="o", linestyle="", markersize=6, color=palette(i % palette.N)) for i in range(len(names))
+    ]
+    if len(panels) > len(points) and len(names) <= 24:  # a place is free
+        panels[-1].legend(dots, names, loc="center", fontsize=9, frameon=False, ncols=1 + (len(names) > 14))
+    else:
+        upper.legend(dots, names, loc="outside lower center", ncols=2 * n_columns, fontsize=8, frameon=False)
     line = colormaps["Dark2"]
     styles = {name: {"color": "black" if i == 0 else line(i - 1), "label": name} for i, name in enumerate(counts)}
     curves = lower.subplots(1, 4)
@@ -176,9 +196,167 @@ def generation(
         axes.tick_params(axis="x", labelrotation=45)
     for axes in curves:
         axes.spines[["top", "right"]].set_visible(False)
-    curves[0].legend(frameon=False, fontsize=8)
+    handles, texts = curves[0].get_legend_handles_labels()
+    lower.legend(handles, texts, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     with replacing(Path(path)) as partial:
         figure.savefig(partial, format="png")
+
+
+def marker_dots(
+    real: AnnData,
+    generated: Mapping[str, AnnData],
+    path: str | Path,
+    *,
+    color: str = "cell_type",
+    markers_of: AnnData | None = None,
+    n_markers: int = 3,
+    gene_symbols: str | None = None,
+) -> None:
+    """Draw a dot plot of marker genes, real cells and generated ones of each type under each other.
+
+    Size is the share of the type's cells that have the gene, colour their mean log1p(CP10K) over the gene's largest
+    mean among real types. Markers are the genes with the largest log fold change (mean CP10K in the type against all
+    other cells, 0.1 added to both) among those in a quarter of the type's cells. Our decision. The twelve largest types
+    are drawn.
+
+    Parameters
+    ----------
+    real
+        Real cells, raw counts in X.
+    generated
+        Name to generated cells; genes of ``real`` that they lack count as 0.
+    path
+        PNG to write.
+    color
+        Column of ``.obs`` with the types, in all of them.
+    markers_of
+        Cells that the markers are chosen by, best none of those that are drawn; ``real`` if left out.
+    n_markers
+        Genes of each type; a gene stands with the first type that it marks.
+    gene_symbols
+        Column of ``real.var`` with the names to show; ``var_names`` if left out.
+
+    Raises
+    ------
+    KeyNotFoundError
+        Somebody lacks the column, or the real cells that of ``gene_symbols``.
+    SourceError
+        Fewer than two types, or no markers.
+    """
+    import numpy as np
+    import scipy.sparse as sp
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image  # matplotlib needs it
+
+    from scdiva.data.output import replacing
+    from scdiva.errors import SourceError
+    from scdiva.metrics.generation_space import LabelledCells, log_cp10k
+
+    everything = {"real": real, **generated}
+    chosen_by = real if markers_of is None else markers_of
+    if gene_symbols is not None and gene_symbols not in real.var:
+        raise KeyNotFoundError(
+            f"the real cells have no .var[{gene_symbols!r}]",
+            expected=f"one of {', '.join(map(str, real.var.columns)) or 'none'}",
+            fix="leave gene_symbols out",
+        )
+    for name, cells in {**everything, "marker": chosen_by}.items():
+        _require_column(cells, name, color)
+    labels = {name: cells.obs[color].astype(str).to_numpy(dtype=str) for name, cells in everything.items()}
+    kinds, sizes = np.unique(labels["real"], return_counts=True)
+    drawn = sorted(kinds[np.argsort(-sizes, kind="stable")[:_MAX_TYPES_OF_DOTS]].tolist())
+    counts = _counts_over(chosen_by, real.var_names)
+    of_type = _markers_of_types(
+        LabelledCells(counts, chosen_by.obs[color].astype(str).to_numpy(dtype=str)), drawn, n_markers
+    )
+    genes = np.array([gene for found in of_type.values() for gene in found], dtype=np.int64)
+    if kinds.size < 2 or genes.size == 0:
+        raise SourceError(
+            f"{kinds.size} types and {genes.size} markers",
+            expected="two types that differ",
+            fix="name another column of .obs",
+        )
+    values = {name: log_cp10k(_counts_over(cells, real.var_names))[:, genes] for name, cells in everything.items()}
+    mean, share = (np.full((len(drawn), len(everything), genes.size), np.nan) for _ in range(2))
+    for j, name in enumerate(everything):
+        for i, kind in enumerate(drawn):
+            rows = sp.csr_matrix(values[name][labels[name] == kind])
+            if rows.shape[0]:
+                mean[i, j] = np.asarray(rows.mean(axis=0)).ravel()
+                share[i, j] = np.asarray((rows > 0).mean(axis=0)).ravel()
+    largest = np.maximum(mean[:, 0].max(axis=0), 1e-9)
+    # one line of text for each row, a gap between types
+    place = np.arange(len(drawn))[:, None] * (len(everything) + 0.8) + np.arange(len(everything))
+    figure = Figure(
+        figsize=(2.6 + 0.06 * max(map(len, everything)) + 0.27 * genes.size, 1.7 + 0.21 * place.max()),
+        dpi=100,
+        layout="constrained",
+    )
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    x = np.broadcast_to(np.arange(genes.size), mean.shape)
+    y = np.broadcast_to(place[:, :, None], mean.shape)
+    for i in range(0, len(drawn), 2):
+        axes.axhspan(place[i, 0] - 0.9, place[i, -1] + 0.9, color="0.95", zorder=0)
+    dots = axes.scatter(
+        x.ravel(), y.ravel(), s=4 + 90 * share.ravel(), c=(mean / largest).ravel(), cmap="Reds", vmin=0, vmax=1.2,
+        edgecolors="0.4", linewidths=0.4, zorder=2,
+    )  # fmt: skip
+    first = np.cumsum([0, *(len(found) for found in of_type.values())])
+    for i, (a, b) in enumerate(pairwise(first.tolist())):
+        if b > a:  # the type's own markers
+            axes.plot([a - 0.5, b - 0.5, b - 0.5, a - 0.5, a - 0.5],
+                      [place[i, 0] - 0.7] * 2 + [place[i, -1] + 0.7] * 2 + [place[i, 0] - 0.7],
+                      color="0.3", linewidth=0.8, zorder=1)  # fmt: skip
+    shown = real.var_names if gene_symbols is None else real.var[gene_symbols].astype(str)
+    axes.set_xticks(range(genes.size), [str(name) for name in shown.to_numpy()[genes]], rotation=90, fontsize=8)
+    axes.set_yticks(place.ravel(), list(everything) * len(drawn), fontsize=7)
+    for i, kind in enumerate(drawn):
+        axes.annotate(
+            "\n".join(textwrap.wrap(kind, 18)), (1.01, place[i].mean()), xycoords=("axes fraction", "data"),
+            va="center", fontsize=9, fontweight="bold", annotation_clip=False,
+        )  # fmt: skip
+    axes.set(xlim=(-0.9, genes.size - 0.1), ylim=(place.max() + 1.0, -1.0))
+    axes.tick_params(length=0)
+    axes.xaxis.tick_top()
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(dots, ax=axes, orientation="horizontal", location="bottom", shrink=0.45, aspect=30, pad=0.01)
+    bar.set_label("mean log1p(CP10K), over the gene's largest mean among real types", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    handles = [axes.scatter([], [], s=4 + 90 * part, color="0.6", edgecolors="0.4", linewidths=0.4) for part in _SHARES]
+    figure.legend(
+        handles, [f"{part:.0%}" for part in _SHARES], loc="outside lower right", ncols=len(_SHARES), fontsize=8,
+        title="share of cells with the gene", title_fontsize=8, frameon=False,
+    )  # fmt: skip
+    if len(drawn) < kinds.size:
+        figure.suptitle(f"the {len(drawn)} largest of {kinds.size} types", fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    with replacing(Path(path)) as partial, Image.open(buffer) as picture:
+        # thousands of smooth dots: with a palette half as large a file, which nobody can tell apart
+        picture.convert("RGB").quantize(128).save(partial, format="PNG", optimize=True)
+
+
+def _markers_of_types(cells: LabelledCells, types: Sequence[str], n_markers: int) -> dict[str, list[int]]:
+    """Return markers of each type: the genes with the largest log fold change, each under one type only."""
+    import numpy as np
+
+    from scdiva.metrics.generation_genes import log_fold_changes
+
+    taken: set[int] = set()
+    found: dict[str, list[int]] = {}
+    for kind in types:
+        is_type = cells.labels == kind
+        found[kind] = []
+        if not 0 < is_type.sum() < is_type.size:
+            continue
+        share = np.bincount(cells.counts[is_type].indices, minlength=cells.counts.shape[1]) / is_type.sum()
+        fold = np.where(share >= 0.25, log_fold_changes(cells, kind), -np.inf)
+        order = [int(gene) for gene in np.argsort(-fold, kind="stable")[: n_markers + len(taken)] if fold[gene] > 0]
+        found[kind] = [gene for gene in order if gene not in taken][:n_markers]
+        taken.update(found[kind])
+    return found
 
 
 def steps(
@@ -242,6 +420,15 @@ def steps(
         side.spines["top"].set_visible(False)
     with replacing(Path(path)) as partial:
         figure.savefig(partial, format="png")
+
+
+def _require_column(cells: AnnData, name: str, color: str) -> None:
+    if color not in cells.obs:
+        raise KeyNotFoundError(
+            f"the {name} cells have no .obs[{color!r}]",
+            expected=f"one of {', '.join(map(str, cells.obs.columns)) or 'none'}",
+            fix="write their types there",
+        )
 
 
 def _counts_over(cells: AnnData, genes: pd.Index) -> sp.csr_matrix:

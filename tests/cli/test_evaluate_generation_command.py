@@ -46,6 +46,8 @@ def test_a_file_and_python_give_equal_results(app, file, tmp_path, monkeypatch, 
     out = tmp_path / "out"
     drawn = []
     monkeypatch.setattr("scdiva.pl.generation", lambda real, made, path, color: drawn.append((real, made, path, color)))
+    dots = []
+    monkeypatch.setattr("scdiva.pl.marker_dots", lambda real, made, path, **options: dots.append((real, path, options)))
     done = app(file, "--out", out, *FLAGS, "--seeds", 1, "--trees", 5)
     assert done.exit_code == 0, done.output
     for name in METHODS:
@@ -53,8 +55,12 @@ def test_a_file_and_python_give_equal_results(app, file, tmp_path, monkeypatch, 
     names = sorted(p.name for p in out.iterdir())
     assert names == ["cells", "report.json", "report.md", "rows.jsonl"]
     ((real, made, path, color),) = drawn
-    assert (list(made), path, color) == (["multinomial"], out / "generation.png", "cell_type")
-    assert real.n_obs == made["multinomial"].n_obs
+    assert (list(made), path, color) == (["multinomial per type"], out / "generation.png", "cell_type")
+    assert real.n_obs == made["multinomial per type"].n_obs
+    ((shown, path, options),) = dots
+    assert (path, options["gene_symbols"]) == (out / "markers.png", "symbol")
+    assert not set(options["markers_of"].obs_names) & set(shown.obs_names)
+    assert list(shown.var["symbol"]) != list(shown.var_names)
     known, what = task.known_cells(file, bundled_model.vocabulary, "cell_type")
     assert what in done.output
     expected = task.evaluate_generation(known, labels_key="cell_type", methods=METHODS, seeds=(0,), n_trees=5)
@@ -65,8 +71,12 @@ def test_a_file_and_python_give_equal_results(app, file, tmp_path, monkeypatch, 
     assert json.loads((out / "report.json").read_text())["runs"] == found["runs"]  # seconds too: nothing ran anew
 
 
-def test_cells_made_elsewhere(app, file, tmp_path):
+def test_cells_made_elsewhere(app, file, tmp_path, monkeypatch):
     import anndata as ad
+
+    drawn = []
+    monkeypatch.setattr("scdiva.pl.generation", lambda *a, **k: drawn.append("generation"))
+    monkeypatch.setattr("scdiva.pl.marker_dots", lambda *a, **k: drawn.append("markers"))
 
     cells = ad.read_h5ad(file)
     order = np.random.default_rng(0).permutation(300)
@@ -78,6 +88,8 @@ def test_cells_made_elsewhere(app, file, tmp_path):
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["ours"] == ["generated"]
+    assert drawn == ["generation", "markers"]
+    assert (tmp_path / "out" / "cells" / "seed-0" / "generated.h5ad").exists()
     copies = [r["value"] for r in report["runs"][0]["rows"] if r["metric"] == "n_copies" and r["scope"] == "pooled"]
     assert copies[0] > 80
 
@@ -93,3 +105,25 @@ def test_bad_input_is_an_error_of_ours_and_leaves_nothing(arguments, app, file, 
 
 def test_an_unknown_unit_is_a_bad_parameter(app, file, tmp_path):
     assert app(file, "--out", tmp_path / "out", "--unit", "tpm").exit_code == 2
+
+
+def test_kept_cells_are_measured_by_the_published_protocol(app, file, tmp_path, monkeypatch):
+    from scdiva.cli.evaluate_protocol import evaluate_protocol
+    from scdiva.errors import UnsupportedError
+    from scdiva.tasks import generation_protocol
+
+    def refuse():
+        raise UnsupportedError("no CellTypist", expected="it", fix="install it")
+
+    monkeypatch.setattr(generation_protocol.annotation, "require_celltypist", refuse)
+    for name in ("generation", "marker_dots"):
+        monkeypatch.setattr(f"scdiva.pl.{name}", lambda *a, **k: None)
+    out = tmp_path / "out"
+    assert app(file, "--out", out, "--methods", "multinomial", "--seeds", 1, "--trees", 2).exit_code == 0
+    protocol = typer.Typer()
+    protocol.command()(evaluate_protocol)
+    done = CliRunner().invoke(protocol, [str(out), "--trees", "2"])
+    assert done.exit_code == 0, done.output
+    assert "ceiling, seed 0: scc" in done.output
+    assert "| multinomial per type | 1 |" in (out / "protocol.md").read_text()
+    assert (out / "protocol.jsonl").exists()

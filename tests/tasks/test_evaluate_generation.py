@@ -311,10 +311,61 @@ def test_a_report_is_written_whole_or_not_at_all(report, tmp_path, monkeypatch):
     assert as_json.read_bytes() == before
 
 
-def test_cells_of_the_first_seed_are_kept(cells, tmp_path):
+def test_cells_of_every_seed_are_kept(cells, tmp_path):
     task.evaluate_generation(cells, methods=("multinomial",), seeds=(0, 1), cells_folder=tmp_path / "cells", **FAST)
-    assert sorted(p.name for p in (tmp_path / "cells").iterdir()) == ["heldout.h5ad", "multinomial.h5ad"]
-    kept = [ad.read_h5ad(tmp_path / "cells" / f"{n}.h5ad") for n in ("heldout", "multinomial")]
-    assert kept[0].n_obs == kept[1].n_obs
-    assert list(kept[0].var_names) == list(kept[1].var_names)
-    assert kept[1].obs["cell_type"].value_counts().to_dict() == kept[0].obs["cell_type"].value_counts().to_dict()
+    assert sorted(p.name for p in (tmp_path / "cells").iterdir()) == ["seed-0", "seed-1"]
+    names = ["heldout", "multinomial", "train"]
+    for seed in (0, 1):
+        folder = tmp_path / "cells" / f"seed-{seed}"
+        assert sorted(p.name for p in folder.iterdir()) == [f"{n}.h5ad" for n in names]
+        heldout, made, train = (ad.read_h5ad(folder / f"{n}.h5ad") for n in names)
+        assert made.n_obs == heldout.n_obs
+        assert list(made.var_names) == list(heldout.var_names) == list(train.var_names)
+        assert made.obs["cell_type"].value_counts().to_dict() == heldout.obs["cell_type"].value_counts().to_dict()
+        assert not set(train.obs_names) & set(heldout.obs_names)
+        is_sample = train.obs[task.IS_SAMPLE].to_numpy(dtype=bool)
+        assert train.obs["cell_type"][is_sample].value_counts().to_dict() == dict(
+            heldout.obs["cell_type"].value_counts()
+        )
+
+
+def test_a_type_that_is_made_like_another_is_named(cells):
+    def one_for_all(train, wanted, seed):
+        """Give cells of type 1 whatever is asked for."""
+        made = Resampler()(train, {"type 1": sum(wanted.values())}, seed)
+        made.obs["cell_type"] = np.repeat(list(wanted), list(wanted.values()))
+        return made
+
+    options = {**FAST, "seeds": (0,), "methods": ("good", "bad", "ceiling")}
+    report = task.evaluate_generation(cells, {"good": Resampler(), "bad": one_for_all}, **options)
+    shares = [report.summary(name, "own_type_nearest").mean for name in options["methods"]]
+    assert shares == pytest.approx([1, 1 / 3, 1])
+    assert report.runs[1].nearest == {"type 0": "type 1", "type 1": "type 1", "type 2": "type 1"}
+    assert report.summary("bad", "own_type_nearest", "type 0").mean == 0
+    text = report.to_markdown()
+    assert "bad, types nearest to another's mean (seeds): type 0 (1 of 1), type 2 (1 of 1) → type 1." in text
+    assert "good, types nearest" not in text
+    table = text[text.index("bad, type by type:") :]
+    assert "| 0 of 1 | type 1 |" in table.split("ceiling")[0]
+
+
+def test_rows_of_earlier_versions_are_shown_without_what_they_lack(report):
+    old = []
+    for run in (run for run in report.runs if run.method == "ours"):
+        found = run.to_dict()
+        del found["nearest"]
+        found["rows"] = [row for row in found["rows"] if row["metric"] != "own_type_nearest"]
+        old.append(task.MethodRun.from_dict(json.loads(json.dumps(found))))
+    runs = (*old, *(run for run in report.runs if run.method != "ours"))
+    mixed = task.GenerationReport("x", "cell_type", 1, 1, 1, 0, report.sizes, (), ("ours",), runs, report.n_trees)
+    text = mixed.to_markdown()
+    assert f"| {metrics.METRICS['own_type_nearest'].title} | ceiling | – |" in text
+    table = text[text.index("ours, type by type:") :]
+    assert "| – |  |" in table
+    json.loads(mixed.to_json())
+
+
+def test_methods_have_titles_and_files_keep_their_names(cells):
+    assert generation_report.TITLES["scdiffusion_parity"] == "scDiffusion, published networks"
+    with pytest.raises(ConfigError, match="heldout"):
+        task.evaluate_generation(cells, {"heldout": Resampler()}, **FAST)

@@ -18,6 +18,7 @@ from scdiva.cli import (
     evaluate_annotation,
     evaluate_generation,
     evaluate_integration,
+    evaluate_protocol,
     generate,
     impute,
     inspect,
@@ -71,6 +72,7 @@ evaluate = typer.Typer(
 )
 evaluate.command("annotation")(evaluate_annotation.evaluate_annotation)
 evaluate.command("generation")(evaluate_generation.evaluate_generation)
+evaluate.command("generation-protocol")(evaluate_protocol.evaluate_protocol)
 evaluate.command("integration")(evaluate_integration.evaluate_integration)
 evaluate.command("embedding")(evaluate_integration.evaluate_embedding)
 app.add_typer(evaluate, name="evaluate")

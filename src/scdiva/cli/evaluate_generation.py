@@ -64,8 +64,10 @@ def evaluate_generation(
         "layer": layer,
         "n_trees": n_trees,
         "rows_path": out / "rows.jsonl",
+        "cells_folder": out / "cells",
         "on_row": lambda run: typer.echo(str(run)),
     }
+    symbols: dict[str, str] = {}
     if generated is not None and heldout is not None:
         out.mkdir(parents=True, exist_ok=True)
         report = task.evaluate_generated(file, heldout, generated, unit=unit, **shared)  # type: ignore[arg-type]
@@ -84,24 +86,34 @@ def evaluate_generation(
         data, what = task.known_cells(file, loaded.vocabulary, labels_key, layer=layer)
         typer.echo(what)
         out.mkdir(parents=True, exist_ok=True)
-        report = task.evaluate_generation(
-            data, generators, train_fraction=train_fraction, cells_folder=out / "cells", **shared
-        )
-        _draw(out, report.ours, labels_key)
+        report = task.evaluate_generation(data, generators, train_fraction=train_fraction, **shared)
+        symbols = dict(zip(data.var_names, data.var["symbol"], strict=True))
+    _draw(out, report.ours, labels_key, symbols)
     for path in report.write(out):
         typer.echo(str(path))
 
 
-def _draw(out: Path, ours: tuple[str, ...], labels_key: str) -> None:
-    """Draw the cells of the first seed: held out, ours and the first baseline there is."""
+def _draw(out: Path, ours: tuple[str, ...], labels_key: str, symbols: dict[str, str]) -> None:
+    """Draw the cells of the first seed: held out and ours, at most four methods; a baseline if none is ours."""
     import anndata as ad
 
-    from scdiva.pl import generation
-    from scdiva.tasks.generation_report import BASELINES
+    from scdiva import pl
+    from scdiva.tasks.evaluate_generation import IS_SAMPLE
+    from scdiva.tasks.generation_report import BASELINES, TITLES
 
-    there = [name for name in (*ours, *BASELINES) if (out / "cells" / f"{name}.h5ad").exists()]
+    folder = out / "cells" / "seed-0"
+    there = [name for name in ours if (folder / f"{name}.h5ad").exists()][:4]
+    there = there or [name for name in BASELINES if (folder / f"{name}.h5ad").exists()][:1]
     if not there:
         return
-    chosen = {name: ad.read_h5ad(out / "cells" / f"{name}.h5ad") for name in there[:2]}
-    generation(ad.read_h5ad(out / "cells" / "heldout.h5ad"), chosen, out / "generation.png", color=labels_key)
+    made = {TITLES.get(name, name): ad.read_h5ad(folder / f"{name}.h5ad") for name in there}
+    real, train = (ad.read_h5ad(folder / f"{name}.h5ad") for name in ("heldout", "train"))
+    # markers are chosen by cells that are neither drawn nor compared with
+    third = train[~train.obs[IS_SAMPLE].to_numpy(dtype=bool)].copy()
+    pl.generation(real, made, out / "generation.png", color=labels_key)
     typer.echo(str(out / "generation.png"))
+    if real.obs[labels_key].nunique() > 1:
+        real.var["symbol"] = [symbols.get(name) or name for name in real.var_names]
+        path = out / "markers.png"
+        pl.marker_dots(real, made, path, color=labels_key, markers_of=third, gene_symbols="symbol")
+        typer.echo(str(out / "markers.png"))

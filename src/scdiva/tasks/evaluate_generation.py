@@ -66,6 +66,9 @@ Unit = Literal["counts", "cp10k", "log1p_cp10k"]
 MIN_CELLS = 10
 """Fewest cells of a type that takes part."""
 
+IS_SAMPLE = "is_sample"
+"""Column of the kept training cells: set aside as the ceiling's sample."""
+
 _MIN_THIRD = 30
 _FORMAT = 1
 log = logging.getLogger(__name__)
@@ -254,7 +257,9 @@ def evaluate_generation(
         JSONL file that takes each run as it finishes. Runs that are there already, of the same data and settings, are
         not run again.
     cells_folder
-        Folder that takes the held-out cells and every method's cells of the first seed as ``.h5ad``.
+        Folder that takes the cells of each seed: ``seed-K/train.h5ad`` (``.obs["is_sample"]``: set aside as the
+        ceiling's sample), ``seed-K/heldout.h5ad`` and ``seed-K/METHOD.h5ad``, compressed. A run that is in
+        ``rows_path`` already is not run again for its cells.
     n_trees, min_cells_per_type
         As in :func:`scdiva.metrics.generation.realism`.
     on_row
@@ -300,6 +305,7 @@ def evaluate_generated(
     seeds: Sequence[int] = (0, 1, 2),
     layer: str | None = None,
     rows_path: Path | None = None,
+    cells_folder: Path | None = None,
     n_trees: int = metrics.N_TREES,
     min_cells_per_type: int = metrics.MIN_CELLS_PER_TYPE,
     on_row: Callable[[MethodRun], None] | None = None,
@@ -324,7 +330,7 @@ def evaluate_generated(
         Baselines and controls to run beside (:data:`METHODS`); all if left out.
     seeds
         The split is given; seeds draw baselines, samples and folds.
-    layer, rows_path, n_trees, min_cells_per_type, on_row
+    layer, rows_path, cells_folder, n_trees, min_cells_per_type, on_row
         As in :func:`evaluate_generation`.
 
     Raises
@@ -368,7 +374,7 @@ def evaluate_generated(
     chosen = _chosen_methods({name: None}, None if methods is None else [name, *methods])
     fixed = _Fixed(cells, n_absent)
     return _evaluate(
-        both, splits, {name: fixed}, chosen, labels_key, n_trees, min_cells_per_type, rows_path, None, on_row
+        both, splits, {name: fixed}, chosen, labels_key, n_trees, min_cells_per_type, rows_path, cells_folder, on_row
     )
 
 
@@ -468,8 +474,9 @@ def _evaluate(
                 f"{data.name} cannot be compared: {error}", expected="cells that differ", fix="give other cells"
             ) from error
         with_own_space = tuple(reference.space_of_type)
-        if cells_folder is not None and seed == next(iter(splits)):
-            _write_cells(data.to_anndata(split.heldout, labels_key), cells_folder / "heldout.h5ad")
+        keep = None if cells_folder is None else cells_folder / f"seed-{seed}"
+        if keep is not None:
+            _write_real(data, split, labels_key, keep)
         for method in methods:
             key = _key(
                 content, split, method, seed, getattr(own.get(method), "fingerprint", ""), n_trees, min_cells_per_type
@@ -477,7 +484,6 @@ def _evaluate(
             if key in known:
                 run = known[key]
             else:
-                keep = cells_folder if seed == next(iter(splits)) else None
                 job = _Job(data, split, train, heldout, reference, labels_key, seed, n_trees, min_cells_per_type)
                 torch.set_num_threads(n_threads)
                 run = _run(job, method, own.get(method), key, keep)
@@ -547,7 +553,11 @@ def _run(job: _Job, method: str, generator: Any, key: str, keep: Path | None) ->
         scores = metrics.ceiling(job.heldout, job.reference, **options)
     else:
         scores = metrics.realism(job.heldout, made, job.reference, **options)
-    return MethodRun(method, job.seed, key, scores, generated_in, time.perf_counter() - started, n_absent)
+    try:
+        nearest = metrics.nearest_types(job.heldout, job.reference.sample if made is None else made, job.reference)
+    except NotMeasurableError:  # the score of that name says why
+        nearest = {}
+    return MethodRun(method, job.seed, key, scores, generated_in, time.perf_counter() - started, n_absent, nearest)
 
 
 def _checked(found: AnnData, method: str, job: _Job) -> tuple[LabelledCells, int]:
@@ -641,10 +651,11 @@ def _refuse_duplicates(names: NDArray[np.str_], where: str) -> None:
 
 
 def _chosen_methods(own: Mapping[str, Any], methods: Sequence[str] | None) -> tuple[str, ...]:
-    taken = sorted(set(own) & set(METHODS))
+    reserved = (*METHODS, "train", "heldout")  # the latter two are names of files beside the cells
+    taken = sorted(set(own) & set(reserved))
     if taken:
         raise ConfigError(
-            f"a generator is called {taken[0]!r}", expected="a name that is free", fix=f"not {', '.join(METHODS)}"
+            f"a generator is called {taken[0]!r}", expected="a name that is free", fix=f"not {', '.join(reserved)}"
         )
     chosen = tuple(dict.fromkeys((*own, *METHODS) if methods is None else methods))
     unknown = [name for name in chosen if name not in own and name not in METHODS]
@@ -698,7 +709,14 @@ def _as_anndata(
     return ad.AnnData(cells.counts.copy(), obs=obs, var=pd.DataFrame(index=var_names))
 
 
+def _write_real(data: GenerationData, split: Split, labels_key: str, folder: Path) -> None:
+    train = data.to_anndata(split.train, labels_key)
+    train.obs[IS_SAMPLE] = split.is_sample
+    _write_cells(train, folder / "train.h5ad")
+    _write_cells(data.to_anndata(split.heldout, labels_key), folder / "heldout.h5ad")
+
+
 def _write_cells(adata: AnnData, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        adata.write_h5ad(partial)
+        adata.write_h5ad(partial, compression="gzip")

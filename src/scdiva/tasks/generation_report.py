@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ CEILING = "ceiling"
 METHODS = (*BASELINES, NULL, CEILING)
 """Methods that need no model."""
 TITLES = {
+    "scdiva": "scDiVa",
+    "scdiffusion": "scDiffusion",
+    "scdiffusion_parity": "scDiffusion, published networks",
+    "scdiffusion_scdiva": "scDiffusion on scDiVa's z, profile decoder",
+    "scdiffusion_scdiva_masked": "scDiffusion on scDiVa's z, masked diffusion",
     "scvi": "scVI, posterior predictive",
     "multinomial": "multinomial per type",
     "negative_binomial": "negative binomial per type",
@@ -58,6 +63,9 @@ class MethodRun:
         What it took.
     n_genes_absent
         Genes of the data that the generator does not make.
+    nearest
+        Type to the type whose real mean its cells' mean is nearest to
+        (:func:`scdiva.metrics.generation.nearest_types`); empty where it was not measured.
     """
 
     method: str
@@ -67,6 +75,7 @@ class MethodRun:
     seconds_generate: float
     seconds_score: float
     n_genes_absent: int = 0
+    nearest: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and numbers (JSON); NaN is None, with its reason."""
@@ -81,6 +90,7 @@ class MethodRun:
             "seconds_generate": round(self.seconds_generate, 3),
             "seconds_score": round(self.seconds_score, 3),
             "n_genes_absent": self.n_genes_absent,
+            "nearest": dict(self.nearest),
             "rows": rows,
         }
 
@@ -101,6 +111,7 @@ class MethodRun:
             found["seconds_generate"],
             found["seconds_score"],
             found["n_genes_absent"],
+            found.get("nearest", {}),  # lines of earlier versions have none
         )
 
     def __str__(self) -> str:
@@ -175,8 +186,9 @@ class GenerationReport:
         return tuple(name for name in self.sizes if any((name, HEADLINE) in run.scores for run in self.runs))
 
     def values(self, method: str, metric: str, scope: str = metrics.POOLED) -> dict[int, Score]:
-        """Return the score of each seed; the scope "mean over types" averages over types that have a value."""
+        """Return the score of each seed; the scope "mean over types" averages over types that are scored."""
         found = {}
+        scored = self.scored_types if scope == OVER_TYPES else ()
         for run in self.runs:
             if run.method != method:
                 continue
@@ -184,7 +196,7 @@ class GenerationReport:
                 if (scope, metric) in run.scores:
                     found[run.seed] = run.scores[scope, metric]
                 continue
-            scores = [score for (name, of), score in run.scores.items() if of == metric and name != metrics.POOLED]
+            scores = [score for (name, of), score in run.scores.items() if of == metric and name in scored]
             numbers = [score.value for score in scores if np.isfinite(score.value)]
             if numbers:
                 found[run.seed] = Score(float(np.mean(numbers)))
@@ -275,11 +287,13 @@ class GenerationReport:
             lines += ["", f"Components of their own: {own}. Not scored on their own: {', '.join(small) or 'none'}."]
             for metric in _BY_TYPE:
                 lines += ["", f"{metrics.METRICS[metric].title}, by type:", "", *self._type_table(metric)]
+        for method in self.ours:
+            lines += ["", f"{TITLES.get(method, method)}, type by type:", "", *self._fidelity_table(method)]
         absent = {run.method: run.n_genes_absent for run in self.runs if run.n_genes_absent}
         lines += [""] + [
             f"- {TITLES.get(m, m)} does not make {n:,} genes of the data; they count as 0." for m, n in absent.items()
         ]
-        lines += self._reasons()
+        lines += [*self._wrong_types(), *self._reasons()]
         return "\n".join(lines).rstrip() + "\n"
 
     def write(self, folder: Path) -> tuple[Path, Path]:
@@ -319,6 +333,37 @@ class GenerationReport:
         ]
         head = " | ".join(TITLES.get(name, name) for name in names)
         return [f"| type | held out | {head} |", "|---|---:|" + "---:|" * len(names), *rows]
+
+    def _fidelity_table(self, method: str) -> list[str]:
+        """Return whether one method makes each type: what a pooled number hides."""
+        asked = "conditional_accuracy"
+        rows = []
+        for name, n in self.sizes.items():
+            cells = [self._cell(method, metric, name) for metric in ("c2st_forest_hvg", "c2st_forest_pca", asked)]
+            cells.append(self._cell(CEILING, asked, name))
+            nearest = [run.nearest[name] for run in self.runs if run.method == method and name in run.nearest]
+            wrong = sorted({other for other in nearest if other != name})
+            own = f"{sum(other == name for other in nearest)} of {len(nearest)}" if nearest else "–"
+            rows.append(f"| {name} | {n:,} | {' | '.join(cells)} | {own} | {', '.join(wrong)} |")
+        head = "type | held out | C2ST AUC, genes | C2ST AUC, PCA-50 | called as asked | real cells called right"
+        return [f"| {head} | own type nearest, seeds | otherwise |", "|---|---:|---:|---:|---:|---:|---:|---|", *rows]
+
+    def _wrong_types(self) -> list[str]:
+        lines = []
+        for method in self.methods:
+            runs = [run for run in self.runs if run.method == method and run.nearest]
+            wrong: dict[str, dict[str, int]] = {}
+            for name, other in ((n, o) for run in runs for n, o in run.nearest.items() if n != o):
+                wrong.setdefault(other, {})[name] = wrong.get(other, {}).get(name, 0) + 1
+            if wrong:
+                found = [
+                    f"{', '.join(f'{name} ({n} of {len(runs)})' for name, n in of.items())} → {other}"
+                    for other, of in wrong.items()
+                ]
+                lines.append(
+                    f"- {TITLES.get(method, method)}, types nearest to another's mean (seeds): {'; '.join(found)}."
+                )
+        return lines
 
     def _reasons(self) -> list[str]:
         found: dict[tuple[str, str], dict[str, None]] = {}
