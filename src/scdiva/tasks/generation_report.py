@@ -34,6 +34,8 @@ TITLES = {
     "negative_binomial": "negative binomial per type",
     "independent_genes": "independent genes per type",
     "pca_gaussian": "PCA-Gaussian per type",
+    "scdiffusion_scdiva": "scDiffusion on z of scDiVa, profile decoder",
+    "scdiffusion_scdiva_masked": "scDiffusion on z of scDiVa, masked diffusion",
     NULL: "shuffled (null)",
     CEILING: "real cells (ceiling)",
 }
