@@ -239,6 +239,21 @@ def read_bundle(path: Path) -> BundleContent:
     return BundleContent(config, vocabulary, statistics, labels, population, path, bundle_hash(path))
 
 
+def read_codec(path: Path) -> BundleContent:
+    """Read and verify the bundle within a bundle.
+
+    Raises
+    ------
+    BundleError
+        The manifest lists none, or it is damaged.
+    """
+    if _CODEC_MANIFEST not in _read_object(path / MANIFEST):
+        raise BundleError(
+            f"the manifest of {path} lists no {_CODEC_MANIFEST}", expected="a codec", fix="fetch the bundle again"
+        )
+    return read_bundle(path / CODEC)
+
+
 def family_of(path: Path) -> str:
     """Return the family that a bundle says it is of, unverified; empty where nothing says so."""
     try:

@@ -313,7 +313,7 @@ def prior_of(model: ScDiVa, diffusion: ScDiffusion) -> DiffusionPrior:
     own = model.weights_hash()
     fitted_on = dict(diffusion.details.get("codec", {}))
     if diffusion.codec is None or own not in (fitted_on.get("weights_hash"), diffusion.codec.weights_hash()):
-        whose = "its own autoencoder" if diffusion.codec is None else str(fitted_on.get("name", "another model"))
+        whose = "its own autoencoder" if diffusion.codec is None else str(fitted_on.get("model", "another model"))
         raise UnsupportedError(
             f"{diffusion.name} draws z of {whose}, not of {model.name} as it is here",
             expected="a latent diffusion that was fitted on the z of the model",

@@ -205,7 +205,7 @@ class ScDiffusion(PretrainedModel):
         bundle.load_strictly(networks, bundle.read_weights(path), path)
         codec = None
         if config.codec != "autoencoder":
-            codec_bundle = bundle.read_bundle(path / bundle.CODEC)
+            codec_bundle = bundle.read_codec(path)
             if codec_bundle.vocabulary != content.vocabulary or codec_bundle.config["family"] != config.codec:
                 raise BundleError(
                     f"{codec_bundle.path} is of family {codec_bundle.config['family']!r} and "
