@@ -75,14 +75,13 @@ def open_with_codec(data: DataLike, codec: ScDiVaCodec, layer: str | None) -> tu
     reader = open_counts(source, codec.model.vocabulary, layer=layer)
     is_measured = reader.alignment.is_measured
     log.info(
-        "%s: %s genes are known to %s; %.2f %% of the UMIs are in others, which are left out; %s genes of %s are not "
-        "measured, which the new model does not know",
+        "%s: %s of the %s genes of %s are measured; %.2f %% of the UMIs are in genes that it does not know, and are left "
+        "out",
         source.name,
         f"{int(is_measured.sum()):,}",
+        f"{is_measured.size:,}",
         codec.model.name,
         100 * (1 - reader.sampled_coverage),
-        f"{int((~is_measured).sum()):,}",
-        codec.model.name,
     )
     smaller = ScDiVaCodec(codec.model.restricted(is_measured))
     # how much of the file the model covers was looked at above
