@@ -135,11 +135,12 @@ class TestFit:
 
 
 class TestHead:
-    def test_offsets_and_dispersions_that_made_the_counts_are_found(self):
+    def test_slopes_offsets_and_dispersions_that_made_the_counts_are_found(self):
         rng = np.random.default_rng(0)
         share = rng.dirichlet(np.full(12, 3.0), 3000).astype(np.float32)
-        offset = rng.normal(0, 0.7, 12)
-        moved = share * np.exp(offset)
+        offset, slope = rng.normal(0, 0.7, 12), rng.uniform(0.4, 1.6, 12)
+        centre = np.log(share).mean(axis=0)
+        moved = np.exp(centre + offset + slope * (np.log(share) - centre))
         mean = 2000.0 * moved / moved.sum(axis=1, keepdims=True)
         theta = np.exp(np.linspace(-0.5, 2.5, 12))
         counts = rng.poisson(rng.gamma(theta, mean / theta)).astype(np.int32)
@@ -151,7 +152,8 @@ class TestHead:
         head = CodecHead(12, 4)
         head.fit_genes([(share, packed)])
         found = head.log_offset_G.numpy()
-        np.testing.assert_allclose(found - found.mean(), offset - offset.mean(), atol=0.1)
+        np.testing.assert_allclose(found - found.mean(), offset - offset.mean(), atol=0.15)
+        np.testing.assert_allclose(head.slope_G.numpy(), slope, atol=0.15)
         np.testing.assert_allclose(head.log_theta_G.numpy(), np.log(theta), atol=0.25)
         np.testing.assert_allclose(head.adjusted(share).sum(axis=1), 1, rtol=1e-5)
 

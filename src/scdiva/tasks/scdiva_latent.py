@@ -75,8 +75,8 @@ def open_with_codec(data: DataLike, codec: ScDiVaCodec, layer: str | None) -> tu
     reader = open_counts(source, codec.model.vocabulary, layer=layer)
     is_measured = reader.alignment.is_measured
     log.info(
-        "%s: %s of the %s genes of %s are measured; %.2f %% of the UMIs are in genes that it does not know, and are left "
-        "out",
+        "%s: %s of the %s genes of %s are measured; %.2f %% of the UMIs are in genes that it does not know, and are "
+        "left out",
         source.name,
         f"{int(is_measured.sum()):,}",
         f"{is_measured.size:,}",
@@ -116,7 +116,7 @@ def view_latents(codec: LatentCodec, cells: CellCounts, seed: int) -> NDArray[np
 
 
 def fit_codec_head(head: CodecHead, codec: LatentCodec, cells: CellCounts, z: NDArray[np.float32], seed: int) -> None:
-    """Fit scale of z, offsets and dispersions to training cells.
+    """Fit scale of z, slopes, offsets and dispersions to training cells.
 
     Counts of whole cells are scored given z of a view: that is how a drawn z is decoded.
 
