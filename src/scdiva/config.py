@@ -681,6 +681,9 @@ class ScDiffusionConfig(Section):
 
     architecture: Literal["latent-diffusion"] = "latent-diffusion"
     """Names this architecture."""
+    codec: Literal["autoencoder", "scdiva"] = "autoencoder"
+    """Whose z is drawn: that of an autoencoder of its own, or that of a native scDiVa model, which lies in the
+    bundle."""
     n_latent: PositiveInt = 32
     """Z, dimensions of z."""
     n_hidden: PositiveInt = 256

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import scipy.sparse as sp
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import torch
@@ -181,19 +182,36 @@ class LatentPrior(Protocol):
 
 @runtime_checkable
 class LatentCodec(Protocol):
-    """What turns cells into z and z into counts: the autoencoder of a latent diffusion."""
+    """What turns cells into z and z into expected profiles: what a latent diffusion draws the z of."""
 
     @property
     def n_latent(self) -> int:
         """Z, dimensions of z."""
         ...
 
+    @property
+    def view_share(self) -> float:
+        """Share of a cell's molecules that z is to stand for: 1 where z is of whole cells."""
+        ...
+
     def encode(self, cells: CellCounts) -> NDArray[np.float32]:
         """Return z, ``(n_cells, Z)`` float32, without randomness; each row depends on that cell alone."""
         ...
 
-    def decode(self, z: NDArray[np.float32], depth: ArrayLike, rng: np.random.Generator) -> sp.csr_matrix:
-        """Draw counts ``(n_cells, n_genes)`` int32 given z and expected UMIs, one number or one per cell."""
+    def expected_share(self, z: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the expected share of each gene among a cell's UMIs, ``(n_cells, n_genes)``; rows sum to 1."""
+        ...
+
+    def save_pretrained(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write it as a bundle."""
+        ...
+
+    def to(self, device: str) -> Self:
+        """Move the weights."""
+        ...
+
+    def weights_hash(self) -> str:
+        """Fingerprint the weights."""
         ...
 
 

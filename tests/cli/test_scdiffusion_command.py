@@ -132,6 +132,46 @@ class TestGenerate:
         assert "classifiers.1" in result.out
 
 
+class TestCodec:
+    def test_a_diffusion_on_the_z_of_a_scdiva_model_and_both_decoders(self, cli, bundle, h5ad, tmp_path):
+        options = ("--set", "denoiser.training.max_steps=3", "--no-classifiers", "--device", "cpu")
+        result = cli("scdiffusion", "fit", h5ad, "--codec", bundle, "--condition", "cell_type", "--out",
+                     tmp_path / "run", *options)  # fmt: skip
+        assert result.code == 0, result.err
+        assert "codec: tiny, z of 8 dimensions; " in result.out
+        assert "autoencoder" not in result.out
+        for decoder in ("profile", "masked"):
+            out = tmp_path / f"{decoder}.h5ad"
+            made = cli("generate", out, "--model", tmp_path / "run" / "bundle", "-n", 4, "--decoder", decoder,
+                       "--condition", "cell_type=type 1")  # fmt: skip
+            assert made.code == 0, made.err
+            assert ad.read_h5ad(out).uns["scdiva"]["generate"]["decoder"] == decoder
+        assert "not known to the scDiVa model" in made.out
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (("--n-latent", 4), "--n-latent"),
+            (("--set", "autoencoder.training.max_steps=3"), "autoencoder"),
+        ],
+    )
+    def test_bad_input_is_refused_and_writes_nothing(self, options, words, cli, bundle, h5ad, tmp_path):
+        before = files_under(tmp_path)
+        result = cli("scdiffusion", "fit", h5ad, "--codec", bundle, "--out", tmp_path / "run", *options)
+        assert result.code == 2
+        assert words in result.err
+        assert files_under(tmp_path) == before
+
+    def test_a_latent_diffusion_is_no_codec_and_decoders_are_of_codecs(self, cli, fitted, bundle, h5ad, tmp_path):
+        before = files_under(tmp_path)
+        result = cli("scdiffusion", "fit", h5ad, "--codec", fitted[0], "--out", tmp_path / "run")
+        assert (result.code, "family 'scdiffusion'" in result.err) == (2, True)
+        for model, words in ((fitted[0], "its own autoencoder"), (bundle, "family scdiva")):
+            result = cli("generate", tmp_path / "o.h5ad", "--model", model, "-n", 3, "--decoder", "masked")
+            assert (result.code, words in result.err) == (2, True)
+        assert files_under(tmp_path) == before
+
+
 class TestInterpolate:
     def test_from_the_cells_of_a_file(self, cli, fitted, h5ad, tmp_path):
         ends = ("--source", "type 0", "--target", "type 2")

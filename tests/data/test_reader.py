@@ -6,7 +6,7 @@ import scipy.sparse as sp
 from test_sources import assert_equal, read_all
 
 from scdiva.data.conditions import ConditionLabels
-from scdiva.data.reader import CellCorpus, CellsInMemory, list_sources, open_corpus, open_counts
+from scdiva.data.reader import CellCorpus, CellsInMemory, NamedCells, list_sources, open_corpus, open_counts
 from scdiva.data.source import open_source
 from scdiva.errors import ConfigError, GeneError, KeyNotFoundError, ScaleError, SourceError
 from scdiva.genes import GeneVocabulary
@@ -210,6 +210,13 @@ class TestCorpus:
         assert_equal(memory.read(order), corpus.read(order))
         np.testing.assert_array_equal(memory.read(order).cell_index, order)
         assert memory.describe([70]) == corpus.describe([70])
+
+    def test_a_choice_of_cells_is_read_by_position_and_named_by_row(self, files):
+        cells = open_corpus(files, DEFAULT).read(np.array([70, 3, 119]))
+        assert_equal(NamedCells(cells, "mine").read(np.array([2, 0])), cells.take(np.array([2, 0])))
+        assert len(NamedCells(cells, "mine")) == 3
+        assert NamedCells(cells, "mine").describe([2, 0]) == "mine, cells 2, 0"
+        assert NamedCells(cells, "mine", np.array([70, 3, 119])).describe([2, 0]) == "mine, cells 119, 70"
 
     def test_the_first_unusable_file_is_named(self, files, adata):
         adata.X = adata.X.toarray() - 1.5

@@ -274,7 +274,8 @@ class TestFinding:
         monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
         assert load("someone/scdiva-lung").name == "tiny"
         assert asked[0][0] == "someone/scdiva-lung"
-        assert set(asked[0][1]["allow_patterns"]) == {*ALL_FILES, "population.npz"}
+        names = {*ALL_FILES, "population.npz"}
+        assert set(asked[0][1]["allow_patterns"]) == names | {f"codec/{name}" for name in names}
 
     def test_a_hub_id_may_have_a_version_number(self, bundle, monkeypatch):
         monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo_id, **options: str(bundle))

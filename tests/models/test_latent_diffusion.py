@@ -336,7 +336,7 @@ def trained():
         generator = seeded(1)
         for _ in range(n_steps):
             rows = rng.choice(2000, 256, replace=False)
-            inputs = table.of(_Codes(rows, code[rows]))
+            inputs = table.of(_Codes(rows, code[rows]), rng)
             optimiser.zero_grad()
             objective(inputs, generator).loss.backward()
             optimiser.step()

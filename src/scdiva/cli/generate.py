@@ -11,7 +11,6 @@ import typer
 from scdiva.cli.common import DeviceOption, OverwriteOption, parse_batch_size, progress_bar
 
 if TYPE_CHECKING:
-    from scdiva.models.scdiffusion import ScDiffusion
     from scdiva.models.scdiva import ScDiVa
 
 
@@ -71,6 +70,14 @@ def generate(
             help="Of an scDiffusion model: classifier guidance towards the wanted label; repeatable.",
         ),
     ] = None,
+    decoder: Annotated[
+        Literal["profile", "masked"] | None,
+        typer.Option(
+            "--decoder",
+            help="Of an scDiffusion model on the z of a scDiVa model: counts by its profile decoder (default) or its "
+            "masked diffusion.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Equal seeds give equal cells.")] = 0,
     batch_size: Annotated[str, typer.Option("--batch-size", help="Cells between two signs of progress.")] = "auto",
     device: DeviceOption = "auto",
@@ -81,12 +88,13 @@ def generate(
     from scdiva.data.output import check_output
     from scdiva.diffusion.samplers import Sampler
     from scdiva.errors import ConfigError
+    from scdiva.models.base import load_model
     from scdiva.models.scdiffusion import LatentSampler, ScDiffusion
     from scdiva.tasks.latent_generation import refuse_foreign_options
     from scdiva.tl import generate_file
 
     check_output(out, overwrite=overwrite)
-    loaded = _load(model, device)
+    loaded: ScDiVa | ScDiffusion = load_model(model, device=device)
     wanted, weights = _parse(condition or [], loaded.labels.fields)
     table = None
     if each is not None:
@@ -133,6 +141,7 @@ def generate(
             n_genes=n_genes,
             n_umis=n_umis,
             sampler=sampler,
+            decoder=decoder,
             seed=seed,
             batch_size=size,
             overwrite=overwrite,
@@ -174,18 +183,6 @@ def _parse(entries: list[str], fields: tuple[str, ...]) -> tuple[dict[str, str],
                 pass
         wanted[field] = label.strip()
     return wanted, weights
-
-
-def _load(model: str, device: str) -> ScDiVa | ScDiffusion:
-    """Load a model of either family."""
-    from scdiva.models import bundle
-    from scdiva.models.scdiffusion import FAMILY, ScDiffusion
-    from scdiva.models.scdiva import ScDiVa
-
-    path = bundle.find_bundle(model)
-    if bundle.family_of(path) == FAMILY:
-        return ScDiffusion.from_pretrained(path, device=device)
-    return ScDiVa.from_pretrained(model, device=device)
 
 
 def _scales(entries: list[str]) -> dict[str, float]:

@@ -39,12 +39,24 @@ def fit(
     min_cells: Annotated[int, typer.Option("--min-cells", min=1, help=_MIN_CELLS_HELP)] = 20,
     layer: LayerOption = None,
     name: Annotated[str, typer.Option("--name", help="Name of the model.")] = "",
-    n_latent: Annotated[int, typer.Option("--n-latent", min=2, help="Dimensions of z.")] = 32,
+    n_latent: Annotated[
+        int | None, typer.Option("--n-latent", min=2, help="Dimensions of z (default 32); those of the codec with one.")
+    ] = None,
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            "--codec",
+            metavar="MODEL",
+            help="Native scDiVa model (bundled name or bundle folder) whose z is drawn; no autoencoder is trained.",
+        ),
+    ] = None,
     settings: SettingsOption = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")] = 0,
     device: DeviceOption = "auto",
 ) -> None:
     """Fit a latent diffusion to the raw counts of FILE. The same command again resumes."""
+    if codec is not None and n_latent is not None:
+        raise typer.BadParameter("z of --codec has its own dimensions", param_hint="--n-latent")
     from scdiva.config import ScDiffusionConfig
     from scdiva.tasks.scdiffusion import fit_scdiffusion
 
@@ -53,7 +65,8 @@ def fit(
             file,
             condition or (),
             out,
-            config=ScDiffusionConfig(n_latent=n_latent),
+            codec=codec,
+            config=ScDiffusionConfig() if n_latent is None else ScDiffusionConfig(n_latent=n_latent),
             settings=settings or (),
             with_classifiers=not no_classifiers,
             min_cells=min_cells,
@@ -103,6 +116,12 @@ def _tell(fitted: FittedScDiffusion) -> None:
     typer.echo(
         f"model: {fitted.path} ({fitted.model.n_parameters:,} parameters, {fitted.model.vocabulary.n_genes:,} genes)"
     )
+    if fitted.model.codec is not None:
+        of_codec, (source,) = fitted.model.details["codec"], fitted.model.details["training"]["sources"]
+        typer.echo(
+            f"codec: {of_codec['model']}, z of {fitted.model.n_latent} dimensions; {1 - source['coverage']:.2%} of the "
+            "UMIs are in genes that it does not know, and are left out"
+        )
     fields = fitted.model.labels.fields
     wanted = f' --condition {fields[-1]}="{fitted.model.labels.labels(fields[-1])[0]}"' if fields else ""
     typer.echo(f"next:  scdiva generate OUT.h5ad --model {fitted.path}{wanted} -n 500")

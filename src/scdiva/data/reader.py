@@ -522,6 +522,38 @@ class CellsInMemory:
         return self.origin.describe(indices)
 
 
+@dataclass(frozen=True, slots=True)
+class NamedCells:
+    """A choice of the cells of a source, in memory, as a collection: positions in it are ``cell_index``.
+
+    Parameters
+    ----------
+    cells
+        The cells.
+    name
+        Of the source.
+    row
+        ``(n_cells,)`` rows of the cells in the source; None: they are not known, and positions are told.
+    """
+
+    cells: CellCounts
+    name: str
+    row: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of cells."""
+        return self.cells.n_cells
+
+    def read(self, indices: NDArray[np.integer]) -> CellCounts:
+        """Take the given cells, in the given order."""
+        return self.cells.take(np.asarray(indices))
+
+    def describe(self, indices: Sequence[int]) -> str:
+        """Name the given cells."""
+        rows = indices if self.row is None else [int(self.row[i]) for i in indices]
+        return f"{self.name}, cells {', '.join(map(str, rows))}"
+
+
 def list_sources(paths: Sequence[str | Path]) -> list[Path]:
     """Expand folders of files into the files they hold; 10x folders and zarr stores stay what they are."""
     found: list[Path] = []

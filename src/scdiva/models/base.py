@@ -1,17 +1,179 @@
-"""What a model can do, as protocols: tasks ask for a capability, never for a class."""
+"""What a model can do, as protocols: tasks ask for a capability, never for a class. And what all families share."""
 
 from __future__ import annotations
 
+import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scdiva.data.statistics import GeneStatistics
+from scdiva.errors import BundleError, ConfigError
 from scdiva.genes import GeneVocabulary
-from scdiva.types import CellCounts
+from scdiva.models import bundle
+from scdiva.types import CellCounts, LatentCodec
+
+if TYPE_CHECKING:
+    import torch
+
+_CLASSES = {"scdiva": "scdiva.models.scdiva:ScDiVa", "scdiffusion": "scdiva.models.scdiffusion:ScDiffusion"}
+"""Class of each family; families do not import each other, so they are looked up here when they are needed."""
+_CODECS = {"scdiva": "scdiva.models.scdiva.codec:ScDiVaCodec"}
+"""What turns cells into z and z into profiles, of the families that can."""
+_OWN_KEYS = frozenset({"format", "family", "model", "n_parameters", "vocabulary_fingerprint"})
+"""Keys of config.json that each save writes anew."""
+
+
+class PretrainedModel(ABC):
+    """What models of all families do in the same way: name, size, device, provenance, and reading a bundle.
+
+    Attributes
+    ----------
+    vocabulary
+        Genes.
+    details
+        What goes into the bundle's ``config.json`` beside the sizes.
+    bundle_hash
+        sha256 of the bundle it was loaded from; empty for a model that was never saved.
+    """
+
+    family: ClassVar[str]
+    vocabulary: GeneVocabulary
+    details: dict[str, Any]
+    bundle_hash: str
+
+    @property
+    @abstractmethod
+    def module(self) -> torch.nn.Module:
+        """The weights."""
+
+    @property
+    @abstractmethod
+    def n_latent(self) -> int:
+        """Dimensions of the embedding."""
+
+    @classmethod
+    def read_bundle(cls, name_or_path: str | Path) -> bundle.BundleContent:
+        """Find and verify a bundle of this family; the weights are read afterwards.
+
+        Raises
+        ------
+        BundleError
+            There is no such bundle, it is damaged, or it is of another family.
+        """
+        content = bundle.read_bundle(bundle.find_bundle(name_or_path))
+        if content.config.get("family") != cls.family:
+            raise BundleError(
+                f"{content.path} holds a model of family {content.config.get('family')!r}",
+                expected=repr(cls.family),
+                fix="load it with the class of its family",
+            )
+        return content
+
+    def to(self, device: str) -> Self:
+        """Move the weights; ``"auto"`` takes a GPU if there is one."""
+        # deferred: protocols alone need no torch
+        import torch
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self.module.to(device)
+        except (RuntimeError, AssertionError) as error:  # PyTorch says "not compiled with CUDA" by an assertion
+            raise ConfigError(
+                f"device {device!r} cannot be used here ({str(error).splitlines()[0][:120]})",
+                expected="auto, cpu, or cuda where there is a GPU",
+                fix="use device='cpu'",
+            ) from error
+        return self
+
+    def __repr__(self) -> str:
+        """Name the model and its size."""
+        return (
+            f"{type(self).__name__}({self.name}: {self.n_parameters:,} parameters, {self.vocabulary.n_genes:,} genes, "
+            f"n_latent={self.n_latent}, hash {self.bundle_hash[:12] or 'not saved'})"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.module.parameters()).device
+
+    @property
+    def name(self) -> str:
+        """The model's name, or "unnamed"."""
+        return str(self.details.get("name") or "unnamed")
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of weights."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What names this very model in a result."""
+        return {
+            "model": self.name,
+            "model_hash": self.bundle_hash or "not saved",
+            "vocabulary_fingerprint": self.vocabulary.fingerprint,
+            "scdiva_version": version("scdiva"),
+        }
+
+    def weights_hash(self) -> str:
+        """Fingerprint the weights, saved or not."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def details_of(content: bundle.BundleContent) -> dict[str, Any]:
+    """Return what a bundle's ``config.json`` holds beside the sizes."""
+    return {key: value for key, value in content.config.items() if key not in _OWN_KEYS}
+
+
+def load_model(name_or_path: str | Path, *, device: str = "auto") -> Any:
+    """Load a model of whatever family it is.
+
+    Raises
+    ------
+    BundleError
+        There is no such model, or it is damaged.
+    """
+    path = bundle.find_bundle(name_or_path)
+    # a bundle that says nothing of a family is refused by the first class, which says what is wrong with it
+    return _looked_up(_CLASSES.get(bundle.family_of(path), _CLASSES["scdiva"])).from_pretrained(path, device=device)
+
+
+def load_codec(family: str, path: Path, *, device: str = "auto") -> LatentCodec:
+    """Load the codec that lies within a bundle.
+
+    Raises
+    ------
+    BundleError
+        The family has no codec, or the bundle is damaged.
+    """
+    if family not in _CODECS:
+        raise BundleError(
+            f"{path} is of family {family!r}",
+            expected=f"a codec of {' or '.join(_CODECS)}",
+            fix="use the scdiva version that wrote it, or a newer one",
+        )
+    codec: LatentCodec = _looked_up(_CODECS[family]).from_pretrained(path, device=device)
+    return codec
+
+
+def _looked_up(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
 
 
 class Model(Protocol):

@@ -7,6 +7,7 @@
 ``gene_statistics.npz`` population statistics of the training corpus (no pickle)
 ``labels.json``        names of conditions and classes
 ``population.npz``     sizes of the training cells and a prior over z, for generation (not in every bundle)
+``codec/``             a whole bundle: the model whose z a latent diffusion draws (not in every bundle)
 ``README.md``          model card, generated from ``config.json``
 ``manifest.json``      sha256 of each file above
 ====================== ====================================================================================
@@ -21,7 +22,7 @@ import hashlib
 import importlib.resources
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,9 @@ LABELS, CARD, MANIFEST = "labels.json", "README.md", "manifest.json"
 FILES = (CONFIG, WEIGHTS, VOCABULARY, STATISTICS, LABELS, CARD)
 POPULATION = "population.npz"
 """In bundles that can generate; listed in the manifest where it is there."""
+CODEC = "codec"
+"""Bundle within a bundle; its manifest is listed in the manifest where it is there, and lists its own files."""
+_CODEC_MANIFEST = f"{CODEC}/{MANIFEST}"
 
 BUNDLED = ("scdiva-blood-tiny", "scdiva-blood-tiny-celltype")
 """Names of the models that come with the package."""
@@ -122,7 +126,8 @@ def _download(repo_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=[*FILES, POPULATION, MANIFEST]))
+        names = [*FILES, POPULATION, MANIFEST]
+        return Path(snapshot_download(repo_id, allow_patterns=[*names, *(f"{CODEC}/{name}" for name in names)]))
     except Exception as error:  # network, authentication and name errors come in many classes
         raise BundleError(
             f"the Hugging Face Hub gave no model {repo_id!r} ({type(error).__name__})",
@@ -141,9 +146,12 @@ def write_bundle(
     labels: Mapping[str, list[str]],
     card: str,
     population: Population | None = None,
+    codec: Callable[[Path], None] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a bundle, whole or not at all.
+
+    ``codec`` writes the bundle within it; all else is what the files hold.
 
     Raises
     ------
@@ -172,9 +180,14 @@ def write_bundle(
         if population is not None:
             population.save(partial / POPULATION)
             names.append(POPULATION)
+        if codec is not None:
+            codec(partial / CODEC)
+            names.append(_CODEC_MANIFEST)
         hashes = {name: _sha256(partial / name) for name in names}
         (partial / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
         for file in partial.iterdir():
+            if file.is_dir():  # wrote its own files in the same way
+                continue
             file.chmod(0o644)  # safetensors writes private files
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
@@ -224,6 +237,21 @@ def read_bundle(path: Path) -> BundleContent:
                 fix="fetch the bundle again",
             )
     return BundleContent(config, vocabulary, statistics, labels, population, path, bundle_hash(path))
+
+
+def read_codec(path: Path) -> BundleContent:
+    """Read and verify the bundle within a bundle.
+
+    Raises
+    ------
+    BundleError
+        The manifest lists none, or it is damaged.
+    """
+    if _CODEC_MANIFEST not in _read_object(path / MANIFEST):
+        raise BundleError(
+            f"the manifest of {path} lists no {_CODEC_MANIFEST}", expected="a codec", fix="fetch the bundle again"
+        )
+    return read_bundle(path / CODEC)
 
 
 def family_of(path: Path) -> str:
@@ -304,7 +332,7 @@ def _verify(path: Path) -> None:
             else "give the folder that training or save_pretrained wrote",
         )
     hashes = _read_object(path / MANIFEST)
-    for name in (*FILES, *([POPULATION] if POPULATION in hashes else [])):
+    for name in (*FILES, *(name for name in (POPULATION, _CODEC_MANIFEST) if name in hashes)):
         file = path / name
         if not file.exists():
             raise BundleError(f"{file} is missing", expected="a complete bundle", fix="fetch the bundle again")
@@ -314,6 +342,8 @@ def _verify(path: Path) -> None:
                 expected="unchanged files",
                 fix="fetch the bundle again; to change a model, save it as a new bundle",
             )
+    if _CODEC_MANIFEST in hashes:
+        _verify(path / CODEC)
 
 
 def _sha256(path: Path) -> str:

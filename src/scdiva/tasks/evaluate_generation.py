@@ -381,6 +381,8 @@ def evaluate_generated(
 _FACTORIES = {
     "scdiva": "scdiva.tasks.generate:scdiva_generator",
     "scdiffusion": "scdiva.tasks.scdiffusion:scdiffusion_generator",
+    "scdiffusion_scdiva": "scdiva.tasks.scdiva_latent:scdiffusion_scdiva_generator",
+    "scdiffusion_scdiva_masked": "scdiva.tasks.scdiva_latent:scdiffusion_scdiva_masked_generator",
 }
 
 
@@ -391,7 +393,9 @@ def generator_of(name: str, *arguments: Any, **options: Any) -> Generator:
     ----------
     name
         "scdiva": ``scdiva_generator(model, labels_key)`` of :mod:`scdiva.tasks.generate`; "scdiffusion":
-        ``scdiffusion_generator(labels_key)`` of :mod:`scdiva.tasks.scdiffusion`.
+        ``scdiffusion_generator(labels_key)`` of :mod:`scdiva.tasks.scdiffusion`; "scdiffusion_scdiva" and
+        "scdiffusion_scdiva_masked": ``scdiffusion_scdiva_generator(model, labels_key)`` and
+        ``scdiffusion_scdiva_masked_generator(model, labels_key)`` of :mod:`scdiva.tasks.scdiva_latent`.
     *arguments, **options
         What its factory takes.
 

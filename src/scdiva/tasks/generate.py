@@ -180,7 +180,7 @@ def plan_cells(
         sizes = population.draw(codes, rng, n_genes=n_genes, depth=n_umis)
         is_measured = population.is_measured
         notes += unmet(model.labels, model.population, codes)
-        latent_name = latent if isinstance(latent, str) else type(latent).__name__
+        latent_name = latent if isinstance(latent, str) else str(getattr(latent, "name", type(latent).__name__))
         if latent == "prior":
             prior = model.population.prior
         elif not isinstance(latent, str):
@@ -196,7 +196,7 @@ def plan_cells(
             expected=f"at most {int(n_possible.min())}, the genes that were measured",
             fix="ask for fewer",
         )
-    sizes = _deep_enough(sizes)
+    sizes = deep_enough(sizes)
     return Plan(codes, weights, sizes, is_measured, sampler, latent_name, prior, z, z_depth, seed, tuple(notes))
 
 
@@ -589,7 +589,7 @@ def _check_not_empty(sizes: DrawnSizes) -> None:
         )
 
 
-def _deep_enough(sizes: DrawnSizes) -> DrawnSizes:
+def deep_enough(sizes: DrawnSizes) -> DrawnSizes:
     """Raise depths below the number of genes: each gene has a count of at least 1."""
     depth = np.maximum(sizes.depth, sizes.n_genes)
     return dataclasses.replace(sizes, depth=depth, library_size=sizes.library_size * depth / np.maximum(sizes.depth, 1))
@@ -643,29 +643,69 @@ def scdiva_generator(
     """
 
     def fit_and_generate(train: AnnData, wanted: Mapping[str, int], seed: int) -> AnnData:
-        # deferred: training takes seconds to load, which generation alone need not wait for
-        import tempfile
-
         import pandas as pd
 
-        from scdiva.config import apply_overrides
-        from scdiva.tasks.pretrain import adapt, conditioning_config
-
-        config = conditioning_config(seed=seed)
-        if n_training_steps:
-            config = apply_overrides(config, [f"training.max_steps={n_training_steps}"])
-        with tempfile.TemporaryDirectory() as temporary:
-            run = Path(temporary) if folder is None else folder / f"seed-{seed}"
-            trained = adapt(
-                train, base, run, config=config, conditions=[labels_key], only_measured_genes=True, progress=False
-            )
-        model = trained.model
-        labels = [label for label, n in wanted.items() for _ in range(n)]
-        table = pd.DataFrame({labels_key: labels})
+        model = fine_tuned(base, labels_key, train, seed, n_training_steps=n_training_steps, folder=folder)
+        table = pd.DataFrame({labels_key: [label for label, n in wanted.items() for _ in range(n)]})
         cells = generate(model, plan_cells(model, table, None, sampler=sampler, latent=latent, seed=seed))
-        # genes by the names of the training cells, whatever the vocabulary calls them
-        columns = open_counts(open_source(train), model.vocabulary).alignment.source_of_gene()
-        cells.var_names = [str(train.var_names[columns[gene][0]]) for gene in range(model.vocabulary.n_genes)]
-        return cells
+        return named_as(cells, train, model.vocabulary)
 
     return fit_and_generate
+
+
+_MADE_FROM = "made_from.sha256"
+
+
+def fine_tuned(
+    base: ScDiVa,
+    labels_key: str,
+    train: AnnData,
+    seed: int,
+    *,
+    n_training_steps: int = 0,
+    folder: Path | None = None,
+) -> ScDiVa:
+    """Fine-tune a model on cells with their labels as conditions, or take up what an equal call has left.
+
+    Parameters
+    ----------
+    base, labels_key, n_training_steps, folder
+        See :func:`scdiva_generator`.
+    train
+        Raw counts, with labels.
+    seed
+        Seed of the run, which lies in the folder ``seed-SEED``.
+    """
+    # deferred: training takes seconds to load, which generation alone need not wait for
+    import tempfile
+
+    from scdiva.config import apply_overrides
+    from scdiva.tasks.pretrain import BUNDLE, adapt, conditioning_config
+
+    config = conditioning_config(seed=seed)
+    if n_training_steps:
+        config = apply_overrides(config, [f"training.max_steps={n_training_steps}"])
+    made_from = hashlib.sha256(f"{base.weights_hash()} {labels_key} {config.model_dump_json()}".encode())
+    counts = sp.csr_matrix(train.X)
+    for array in (counts.indptr, counts.indices, counts.data):
+        made_from.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
+    for names in (train.var_names, train.obs[labels_key]):
+        made_from.update("\n".join(map(str, names)).encode())
+    with tempfile.TemporaryDirectory() as temporary:
+        run = Path(temporary) if folder is None else folder / f"seed-{seed}"
+        mark = run / _MADE_FROM
+        if mark.exists() and mark.read_text(encoding="utf-8") == made_from.hexdigest():
+            return ScDiVa.from_pretrained(run / BUNDLE, device="cpu")
+        trained = adapt(
+            train, base, run, config=config, conditions=[labels_key], only_measured_genes=True, progress=False
+        )
+        with replacing(mark) as partial:
+            partial.write_text(made_from.hexdigest(), encoding="utf-8")
+    return trained.model
+
+
+def named_as(cells: AnnData, train: AnnData, vocabulary: GeneVocabulary) -> AnnData:
+    """Give generated cells the gene names of the cells that were trained on, whatever the vocabulary calls them."""
+    columns = open_counts(open_source(train), vocabulary, min_coverage=0.0).alignment.source_of_gene()
+    cells.var_names = [str(train.var_names[columns[gene][0]]) for gene in range(vocabulary.n_genes)]
+    return cells

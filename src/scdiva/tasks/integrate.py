@@ -10,7 +10,7 @@ import hashlib
 import logging
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scdiva.config import IntegrationConfig, LoopConfig, NativeConfig
 from scdiva.data.components import fit_components, log_cp10k, variable_genes
 from scdiva.data.conditions import ConditionLabels, column_text, is_missing, refuse_missing_batches
-from scdiva.data.reader import open_counts
+from scdiva.data.reader import NamedCells, open_counts
 from scdiva.data.source import open_source
 from scdiva.data.splits import hold_out
 from scdiva.data.thinning import thin_counts
@@ -267,7 +267,7 @@ def integrate_cells(
         with folder as out:
             fitted = fit(
                 setup.objective,
-                _InMemory(chosen, rows, name),
+                NamedCells(chosen, name, rows),
                 train_indices=setup.drawn,
                 heldout_indices=heldout,
                 config=loop,
@@ -636,24 +636,6 @@ def _score(z: NDArray[np.float32], label: NDArray[np.int64], batch: NDArray[np.i
         return float(np.mean([agreement.nmi, agreement.ari, asw_label(z, names)]))
     except NotMeasurableError:
         return 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class _InMemory:
-    """The cells as a collection; positions in it are ``cell_index``."""
-
-    cells: CellCounts
-    row: NDArray[np.int64]
-    name: str
-
-    def __len__(self) -> int:
-        return self.cells.n_cells
-
-    def read(self, indices: NDArray[np.integer]) -> CellCounts:
-        return self.cells.take(np.asarray(indices))
-
-    def describe(self, indices: Sequence[int]) -> str:
-        return f"{self.name}, cells {', '.join(str(int(self.row[i])) for i in indices)}"
 
 
 def _details(

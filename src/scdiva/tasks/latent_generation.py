@@ -17,7 +17,8 @@ from scdiva.data.output import check_output
 from scdiva.data.population import DrawnSizes
 from scdiva.errors import ConfigError, UnsupportedError
 from scdiva.models.scdiffusion import LatentSampler, ScDiffusion
-from scdiva.tasks.generate import annotate_cells, check_sizes, condition_codes_of, unmet, write_parts
+from scdiva.tasks.generate import annotate_cells, check_sizes, condition_codes_of, deep_enough, unmet, write_parts
+from scdiva.tasks.scdiva_latent import DecoderName, check_decoder, draw_masked, notes_on_masked
 from scdiva.types import CellCounts
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class LatentPlan:
         Seed of everything.
     notes
         What the user should know: combinations that no training cell had, for example.
+    decoder
+        What turns z into counts; an autoencoder of its own counts as "profile".
     """
 
     condition: NDArray[np.int32]
@@ -58,6 +61,7 @@ class LatentPlan:
     sampler: LatentSampler
     seed: int
     notes: tuple[str, ...]
+    decoder: DecoderName = "profile"
 
     @property
     def n_cells(self) -> int:
@@ -74,6 +78,7 @@ def plan_latent_cells(
     guidance: Mapping[str, float] | None = None,
     n_umis: ArrayLike | None = None,
     sampler: LatentSampler | None = None,
+    decoder: DecoderName | None = None,
     seed: int = 0,
 ) -> LatentPlan:
     """Check a wish and settle everything but the draws themselves.
@@ -94,11 +99,15 @@ def plan_latent_cells(
         UMIs of the cells, one number or one per cell; else drawn from those of training cells.
     sampler
         How z is drawn.
+    decoder
+        Of a diffusion on the z of a scDiVa model: its profile decoder (the default) or its masked diffusion.
     seed
         Seed.
 
     Raises
     ------
+    UnsupportedError, UntrainedHeadError
+        A decoder that the model does not have.
     ConfigError
         Impossible numbers, a weight or scale for a field without a condition, or guidance without a classifier.
     KeyNotFoundError
@@ -133,7 +142,12 @@ def plan_latent_cells(
                 fix=f"add a condition for {field}, or leave its weight out",
             )
     sizes = model.population.sizes.draw(codes, np.random.default_rng([seed, _SIZES]), depth=n_umis)
-    plan = LatentPlan(codes, weights, scales, sizes, sampler, seed, tuple(unmet(model.labels, model.population, codes)))
+    notes = unmet(model.labels, model.population, codes)
+    chosen = check_decoder(model, decoder)
+    if chosen == "masked":
+        sizes = deep_enough(sizes)
+        notes += notes_on_masked(model, codes)
+    plan = LatentPlan(codes, weights, scales, sizes, sampler, seed, tuple(notes), chosen)
     # impossible weights are refused before anything is drawn
     model.check_guidance(weights, scales)
     return plan
@@ -152,6 +166,9 @@ def draw_latent_cells(model: ScDiffusion, plan: LatentPlan, group: int) -> tuple
         weight=plan.weight,
         guidance=plan.guidance,
     )
+    if plan.decoder == "masked":
+        state = np.random.SeedSequence([plan.seed, _COUNTS, group]).generate_state(1, np.uint64)[0]
+        return draw_masked(model, plan, rows, z, int(state >> np.uint64(1))), z
     return model.decode(z, depth, np.random.default_rng([plan.seed, _COUNTS, group])), z
 
 
@@ -177,7 +194,8 @@ def generate_latent(model: ScDiffusion, plan: LatentPlan, *, on_block: Callable[
     obs, var = annotate_cells(
         model.labels, model.vocabulary, plan.condition, plan.sizes, model.population.sizes.is_measured
     )
-    del obs["scdiva_n_genes"]  # this family is told of UMIs only
+    if plan.decoder != "masked":
+        del obs["scdiva_n_genes"]  # told of UMIs only
     return ad.AnnData(
         X=sp.vstack(parts, format="csr"),
         obs=obs,
@@ -217,7 +235,8 @@ def generate_latent_file(
     obs, var = annotate_cells(
         model.labels, model.vocabulary, plan.condition, plan.sizes, model.population.sizes.is_measured
     )
-    del obs["scdiva_n_genes"]
+    if plan.decoder != "masked":
+        del obs["scdiva_n_genes"]
 
     def parts() -> Iterator[sp.csr_matrix]:
         for group in range(-(-plan.n_cells // GROUP)):
@@ -357,6 +376,7 @@ def latent_record(model: ScDiffusion, plan: LatentPlan) -> dict[str, Any]:
         "n_cells": plan.n_cells,
         "sampler": sampler,
         "latent": "latent diffusion",
+        "decoder": "autoencoder" if model.codec is None else plan.decoder,
         "guidance_weights": {field: float(value) for field, value in plan.weight.items()},
         "classifier_guidance": {field: float(value) for field, value in plan.guidance.items()},
         "notes": list(plan.notes),

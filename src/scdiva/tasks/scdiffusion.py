@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scdiva.config import LoopConfig, ScDiffusionConfig, apply_overrides
 from scdiva.data.conditions import ConditionLabels, collect_labels
 from scdiva.data.population import CellSizes
-from scdiva.data.reader import CountsReader, open_counts
+from scdiva.data.reader import CountsReader, NamedCells, open_counts
 from scdiva.data.source import open_source
 from scdiva.data.splits import hold_out
 from scdiva.data.statistics import GeneStatistics
@@ -34,7 +34,7 @@ from scdiva.models.prior import MixturePrior, Population
 from scdiva.models.scdiffusion import LatentSampler, ScDiffusion
 from scdiva.models.scdiffusion.autoencoder import Autoencoder, SparseCells, calibrate_dispersions
 from scdiva.models.scdiffusion.classifiers import LatentClassifier
-from scdiva.models.scdiffusion.model import build_networks
+from scdiva.models.scdiffusion.model import Networks, build_networks
 from scdiva.models.scdiffusion.objectives import (
     AutoencoderObjective,
     ClassifierObjective,
@@ -42,12 +42,15 @@ from scdiva.models.scdiffusion.objectives import (
     LatentTable,
 )
 from scdiva.serialization import log1p_cp10k
-from scdiva.types import CellCounts, Objective
+from scdiva.tasks.generate import named_as
+from scdiva.tasks.scdiva_latent import fit_codec_head, open_codec, open_with_codec, view_latents
+from scdiva.types import CellCounts, LatentCodec, Objective
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
     from scdiva.data.source import DataLike
+    from scdiva.models.scdiva import ScDiVa
     from scdiva.training import FitResult
 
 BUNDLE = "bundle"
@@ -94,6 +97,7 @@ def fit_scdiffusion(
     conditions: Sequence[str] = (),
     out_dir: str | Path | None = None,
     *,
+    codec: ScDiVa | str | Path | None = None,
     config: ScDiffusionConfig | None = None,
     settings: Sequence[str] = (),
     with_classifiers: bool = True,
@@ -115,8 +119,12 @@ def fit_scdiffusion(
         is known. None: the model generates cells of all kinds.
     out_dir
         Folder of the run, which the same call resumes; None: a temporary one.
+    codec
+        A native scDiVa model, or the name or path of its bundle: no autoencoder is trained, and the diffusion is one of
+        this model's z, over the genes that it knows and the data measure. It is not changed, and a copy goes into the
+        bundle.
     config
-        Sizes; ``fields`` and ``classified`` are set here.
+        Sizes; ``fields``, ``classified`` and ``codec`` are set here, and with a codec ``n_latent``.
     settings
         What is to differ from :func:`loop_config`, such as ``"denoiser.training.max_steps=2000"``: a part
         ("autoencoder", "denoiser" or "classifier"), then a key of its loop.
@@ -146,13 +154,32 @@ def fit_scdiffusion(
         A label of too few cells; names all of them. The same condition twice, or a setting that does not exist.
     OutputError, TrainingError, NonFiniteLossError
         See :func:`scdiva.training.fit`.
+    BundleError, UnsupportedError, UntrainedHeadError
+        There is no such codec, or it has no z or no trained profile decoder.
     """
     _refuse_foreign_bundle(out_dir)
     by_part = _settings_by_part(settings)
-    reader, labels = _opened(data, conditions, layer, min_cells)
+    whole = part_of_whole = None
+    if codec is None:
+        reader, labels = _opened(data, conditions, layer, min_cells)
+    else:
+        if "autoencoder" in by_part:
+            raise ConfigError(
+                "settings of the autoencoder with a codec, in whose place none is trained",
+                expected="settings of denoiser or classifier",
+                fix="leave them out",
+            )
+        whole = open_codec(codec)
+        reader, part_of_whole = open_with_codec(data, whole, layer)
+        labels = _labels_of(reader, conditions, min_cells)
+        reader = reader.with_conditions(labels)
     cells = _trainable(reader)
     sizes = (config or ScDiffusionConfig()).model_copy(
-        update={"fields": tuple(labels.fields), "classified": tuple(labels.fields) if with_classifiers else ()}
+        update={
+            "fields": tuple(labels.fields),
+            "classified": tuple(labels.fields) if with_classifiers else (),
+            **({} if whole is None else {"codec": "scdiva", "n_latent": whole.n_latent}),
+        }
     )
     train, heldout = hold_out(
         np.zeros(cells.n_cells, dtype=str), _HELDOUT_SHARE, np.random.default_rng([seed, _SPLIT_STREAM])
@@ -160,19 +187,24 @@ def fit_scdiffusion(
     trained = cells.take(train)
     statistics = GeneStatistics.from_cells(trained)
     networks = build_networks(cells.n_genes, sizes, labels, seed=seed)
-    mean_value = np.bincount(trained.counts.indices, weights=log1p_cp10k(trained), minlength=cells.n_genes)
-    networks.autoencoder.start_at(statistics.log_mean_profile(), mean_value / trained.n_cells)
     networks.set_depths(_depth(trained))
     source = reader.source.name
     folder = nullcontext(str(out_dir)) if out_dir is not None else tempfile.TemporaryDirectory(prefix="scdiva-")
     fits: dict[str, FitResult] = {}
     # a caller's inference mode would take the gradients away
     with torch.inference_mode(False), folder as out:
-        run = _Run(cells, train, heldout, source, Path(out), by_part, seed, device, progress)
-        fits["autoencoder"] = run.fit("autoencoder", AutoencoderObjective(networks.autoencoder), sizes)
-        calibrate_dispersions(networks.autoencoder, _some_blocks(trained, seed))
-        networks.autoencoder.standardise_by(_raw_latents(networks.autoencoder, trained))
-        table = LatentTable(_latents(networks.autoencoder, cells), networks.told_depth(_depth(cells)))
+        start_from = "" if part_of_whole is None else part_of_whole.weights_hash()
+        run = _Run(cells, train, heldout, source, Path(out), by_part, seed, device, progress, start_from)
+        if part_of_whole is None:
+            mean_value = np.bincount(trained.counts.indices, weights=log1p_cp10k(trained), minlength=cells.n_genes)
+            networks.autoencoder.start_at(statistics.log_mean_profile(), mean_value / trained.n_cells)
+            fits["autoencoder"] = run.fit("autoencoder", AutoencoderObjective(networks.autoencoder), sizes)
+            calibrate_dispersions(networks.autoencoder, _some_blocks(trained, seed))
+            networks.autoencoder.standardise_by(_raw_latents(networks.autoencoder, trained))
+        else:
+            views = view_latents(part_of_whole, trained, seed)
+            fit_codec_head(networks.codec_head, part_of_whole, trained, views, seed)
+        table = _table(networks, part_of_whole, cells, seed)
         fits["denoiser"] = run.fit("denoiser", DenoiserObjective(networks.denoiser, table, sizes.n_times), sizes)
         for i, field in enumerate(sizes.classified):
             classifier = networks.classifiers[i]
@@ -184,14 +216,27 @@ def fit_scdiffusion(
     details = {
         "name": name or ("scdiffusion" if reader.source.path is None else f"scdiffusion-{Path(source).stem}"),
         "description": f"Latent diffusion of the cells of {source}"
+        + ("" if whole is None else f", on the z of {whole.model.name}")
         + (f", conditioned on {', '.join(labels.fields)}." if labels.n_fields else "."),
-        "trained_heads": ["autoencoder", "denoiser", *(f"classifier of {field}" for field in sizes.classified)],
+        "trained_heads": [
+            *(["autoencoder"] if whole is None else []),
+            "denoiser",
+            *(f"classifier of {field}" for field in sizes.classified),
+        ],
+        **({} if whole is None else {"codec": {**whole.model.provenance, "weights_hash": whole.weights_hash()}}),
         "training": _record(reader, trained, heldout.size, fits, seed),
         "metrics": metrics,
     }
-    population = _population(table.z[train], trained, seed)
+    population = _population(table.z[train], trained, seed, part_of_whole)
     model = ScDiffusion(
-        networks, sizes, reader.alignment.vocabulary, statistics, labels=labels, population=population, details=details
+        networks,
+        sizes,
+        reader.alignment.vocabulary,
+        statistics,
+        labels=labels,
+        population=population,
+        codec=part_of_whole,
+        details=details,
     )
     path = None
     if out_dir is not None:
@@ -268,7 +313,7 @@ def add_classifier(
     with torch.inference_mode(False), folder as out:
         by_part = _settings_by_part(settings)
         run = _Run(cells, train, heldout, source.name, Path(out), by_part, seed, device, progress, model.weights_hash())
-        table = LatentTable(_latents(networks.autoencoder, cells), networks.told_depth(_depth(cells)))
+        table = _table(networks, model.codec, cells, seed)
         classifier = networks.classifiers[len(sizes.classified) - 1]
         assert isinstance(classifier, LatentClassifier)
         fit = _fit_classifier(run, classifier, table, labels, field, sizes)
@@ -280,9 +325,16 @@ def add_classifier(
         "trained_heads": [*model.details.get("trained_heads", []), f"classifier of {field}"],
         "metrics": metrics,
     }
-    population = _population(table.z[train], cells.take(train), seed)
+    population = _population(table.z[train], cells.take(train), seed, model.codec)
     larger = ScDiffusion(
-        networks, sizes, model.vocabulary, model.statistics, labels=labels, population=population, details=details
+        networks,
+        sizes,
+        model.vocabulary,
+        model.statistics,
+        labels=labels,
+        population=population,
+        codec=model.codec,
+        details=details,
     )
     path = None
     if out_dir is not None:
@@ -332,10 +384,7 @@ def scdiffusion_generator(
         ).model
         table = pd.DataFrame({labels_key: [label for label, n in wanted.items() for _ in range(n)]})
         cells = generate_latent(model, plan_latent_cells(model, table, None, sampler=sampler, seed=seed))
-        # genes by the names of the training cells, whatever the vocabulary calls them
-        columns = open_counts(open_source(train), model.vocabulary, min_coverage=0.0).alignment.source_of_gene()
-        cells.var_names = [str(train.var_names[columns[gene][0]]) for gene in range(model.vocabulary.n_genes)]
-        return cells
+        return named_as(cells, train, model.vocabulary)
 
     return fit_and_generate
 
@@ -435,7 +484,7 @@ class _Run:
         began = time.monotonic()
         result = fit(
             objective,
-            _InMemory(self.cells, self.name),
+            NamedCells(self.cells, self.name),
             train_indices=train,
             heldout_indices=heldout,
             config=loop,
@@ -477,23 +526,6 @@ def _fit_classifier(
 
 def _folder_name(field: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in field)
-
-
-@dataclass(frozen=True, slots=True)
-class _InMemory:
-    """The cells as a collection; positions in it are ``cell_index``."""
-
-    cells: CellCounts
-    name: str
-
-    def __len__(self) -> int:
-        return self.cells.n_cells
-
-    def read(self, indices: NDArray[np.integer]) -> CellCounts:
-        return self.cells.take(np.asarray(indices))
-
-    def describe(self, indices: Sequence[int]) -> str:
-        return f"{self.name}, cells {', '.join(str(i) for i in indices)}"
 
 
 def _opened(
@@ -561,6 +593,15 @@ def _depth(cells: CellCounts) -> NDArray[np.int64]:
     return np.asarray(cells.counts.sum(axis=1)).ravel().astype(np.int64)
 
 
+def _table(networks: Networks, codec: LatentCodec | None, cells: CellCounts, seed: int) -> LatentTable:
+    """Look-up of z of all cells, standardised; of a codec several views of each."""
+    if codec is None:
+        z = _latents(networks.autoencoder, cells)
+    else:
+        z = networks.codec_head.standardised(view_latents(codec, cells, seed))
+    return LatentTable(z, networks.told_depth(_depth(cells)))
+
+
 def _raw_latents(autoencoder: Autoencoder, cells: CellCounts) -> NDArray[np.float32]:
     return _in_blocks(cells, autoencoder.raw_latent)
 
@@ -582,11 +623,14 @@ def _some_blocks(cells: CellCounts, seed: int) -> Iterator[SparseCells]:
         yield SparseCells.pack(cells.take(chosen[first : first + _BLOCK]))
 
 
-def _population(z: NDArray[np.float32], cells: CellCounts, seed: int) -> Population:
+def _population(z: NDArray[np.float32], cells: CellCounts, seed: int, codec: LatentCodec | None) -> Population:
     """Sizes of the training cells; a Gaussian mixture of z beside them, as in every bundle that generates."""
     rng = np.random.default_rng([seed, _POPULATION_STREAM])
     sizes = np.stack([_depth(cells), np.diff(cells.counts.indptr)], axis=1)
-    return Population(CellSizes.of([cells], rng), MixturePrior.fit(z, sizes, cells.condition, seed))
+    view_share = 1.0 if codec is None else codec.view_share
+    return Population(
+        CellSizes.of([cells], rng), MixturePrior.fit(z, sizes, cells.condition, seed, view_share=view_share)
+    )
 
 
 def _record(

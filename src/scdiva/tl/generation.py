@@ -24,6 +24,7 @@ from scdiva.tasks.latent_generation import (
     plan_latent_cells,
     refuse_foreign_options,
 )
+from scdiva.tasks.scdiva_latent import DecoderName, prior_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,6 +51,7 @@ def generate(
     n_genes: ArrayLike | None = None,
     n_umis: ArrayLike | None = None,
     sampler: Sampler | LatentSampler | None = None,
+    decoder: DecoderName | None = None,
     seed: int = 0,
     batch_size: BatchSize = "auto",
     normalize: bool = False,
@@ -79,7 +81,8 @@ def generate(
     latent
         Where z comes from otherwise: ``"prior"`` (the default), drawn from a Gaussian mixture of the condition's
         training cells; ``"visible"``, pooled from the genes that are visible so far; ``"null"``, a learned constant; or
-        any object with ``sample(condition, sizes, rng)`` and ``view_share`` (``scdiva.types.LatentPrior``).
+        any object with ``sample(condition, sizes, rng)`` and ``view_share`` (``scdiva.types.LatentPrior``), such as an
+        ``ScDiffusion`` that was fitted on the z of this model, whose conditions are matched by name.
     n_genes, n_umis
         Genes and UMIs of each cell, one number or one per cell. Left out, both are drawn jointly from those of training
         cells of the condition; given one, the other is drawn from cells near it. The UMIs are told to the network;
@@ -87,6 +90,9 @@ def generate(
     sampler
         How the sets are drawn (``sd.Sampler``): strategy, steps, grid, Gibbs rounds. Or how z is drawn, of an
         ``ScDiffusion`` (``sd.LatentSampler``): DPM-Solver++, DDIM or DDPM, and steps.
+    decoder
+        Of an ``ScDiffusion`` on the z of a scDiVa model: ``"profile"`` (the default), counts around the expected
+        profile of scDiVa's profile decoder, or ``"masked"``, scDiVa's masked diffusion given z.
     seed
         Equal seeds give equal cells on the same kind of machine.
     batch_size
@@ -124,12 +130,13 @@ def generate(
                 guidance=guidance,
                 n_umis=n_umis,
                 sampler=cast(LatentSampler | None, sampler),
+                decoder=decoder,
                 seed=seed,
             ),
             on_block=on_block,
         )
     else:
-        plan = _plan(model, n_cells, condition, weight, guidance, like, latent, n_genes, n_umis, sampler, seed)
+        plan = _plan(model, n_cells, condition, weight, guidance, like, latent, n_genes, n_umis, sampler, decoder, seed)
         cells = _generate(model, plan, batch_size=size, on_block=on_block)
     if normalize:
         cells.layers["log1p_cp10k"] = _log1p_cp10k(cells.X)
@@ -149,6 +156,7 @@ def generate_file(
     n_genes: ArrayLike | None = None,
     n_umis: ArrayLike | None = None,
     sampler: Sampler | LatentSampler | None = None,
+    decoder: DecoderName | None = None,
     seed: int = 0,
     batch_size: BatchSize = "auto",
     overwrite: bool = False,
@@ -189,11 +197,12 @@ def generate_file(
             guidance=guidance,
             n_umis=n_umis,
             sampler=cast(LatentSampler | None, sampler),
+            decoder=decoder,
             seed=seed,
         )
         generate_latent_file(model, latent_plan, target, overwrite=overwrite, on_block=on_block)
         return latent_plan
-    plan = _plan(model, n_cells, condition, weight, guidance, like, latent, n_genes, n_umis, sampler, seed)
+    plan = _plan(model, n_cells, condition, weight, guidance, like, latent, n_genes, n_umis, sampler, decoder, seed)
     _generate_file(model, plan, target, batch_size=size, overwrite=overwrite, on_block=on_block)
     return plan
 
@@ -219,8 +228,15 @@ def _plan(
     n_genes: ArrayLike | None,
     n_umis: ArrayLike | None,
     sampler: Sampler | LatentSampler | None,
+    decoder: DecoderName | None,
     seed: int,
 ) -> Plan:
+    if decoder is not None:
+        raise UnsupportedError(
+            f"decoder={decoder!r} with {model.name}, of family scdiva",
+            expected="a latent diffusion on the z of a scDiVa model (scdiva scdiffusion fit --codec)",
+            fix="leave the decoder out",
+        )
     if guidance:
         raise UnsupportedError(
             f"classifier guidance with {model.name}, of family scdiva",
@@ -235,18 +251,22 @@ def _plan(
     if like is not None:
         reader = open_counts(open_source(like), model.vocabulary)
         cells = reader.read(np.arange(len(reader)))
-    return plan_cells(
+    prior = prior_of(model, latent) if isinstance(latent, ScDiffusion) else None
+    plan = plan_cells(
         model,
         condition,
         n_cells,
         weight=weight,
-        latent=DEFAULT_LATENT if latent is None else latent,
+        latent=prior or (DEFAULT_LATENT if latent is None else latent),
         like=cells,
         n_genes=n_genes,
         n_umis=n_umis,
         sampler=sampler,
         seed=seed,
     )
+    if prior is not None:
+        prior.codes(plan.condition)  # what it does not know is refused before anything is drawn
+    return plan
 
 
 def _log1p_cp10k(counts: Any) -> Any:

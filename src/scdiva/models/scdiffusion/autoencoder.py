@@ -5,7 +5,7 @@ Shape letters: B cells, G genes, H hidden, Z latent, X stored counts of all cell
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -199,11 +199,9 @@ _PRIOR_MEAN, _PRIOR_STD = 1.5, 2.0
 def calibrate_dispersions(autoencoder: Autoencoder, blocks: Iterable[SparseCells]) -> None:
     """Set each gene's dispersion to its maximum of likelihood, everything else as it is.
 
-    A gene's dispersion is seen by few counts, and training that stops when profiles no longer gain leaves most where
-    they started; cells drawn with them vary too little. The likelihood is taken on a grid and its minimum from the
-    parabola through the best three points. A wide normal prior on the log (mean 1.5, standard deviation 2) settles
-    genes of hardly any counts. Cells are encoded and scored whole: generation draws z like those of whole cells and
-    decodes whole cells, and what must be right is the spread of counts around such a z. (Our decision.)
+    Training that stops when profiles no longer gain leaves most dispersions where they started; cells drawn with them
+    vary too little. Cells are encoded and scored whole: generation draws z like those of whole cells and decodes whole
+    cells, and what must be right is the spread of counts around such a z. (Our decision.)
 
     Parameters
     ----------
@@ -212,23 +210,44 @@ def calibrate_dispersions(autoencoder: Autoencoder, blocks: Iterable[SparseCells
     blocks
         Training cells.
     """
+
+    def scored() -> Iterator[tuple[torch.Tensor, SparseCells]]:
+        for cells in blocks:
+            log_share_BG = autoencoder.log_share_of_raw(autoencoder.raw_latent(cells))
+            yield log_share_BG + cells.depth_B.clamp_min(1e-3).log()[:, None], cells
+
+    autoencoder.log_theta_G.copy_(dispersions_of_largest_likelihood(scored(), autoencoder.n_genes))
+
+
+@torch.no_grad()
+def dispersions_of_largest_likelihood(scored: Iterable[tuple[torch.Tensor, SparseCells]], n_genes: int) -> torch.Tensor:
+    """Return the log inverse dispersion of each gene, ``(n_genes,)``, of largest likelihood given the means.
+
+    The likelihood is taken on a grid and its minimum from the parabola through the best three points. A wide normal
+    prior on the log (mean 1.5, standard deviation 2) settles genes of hardly any counts. (Our decision.)
+
+    Parameters
+    ----------
+    scored
+        Blocks of cells: log-means ``(B, G)``, and the counts.
+    n_genes
+        G.
+    """
     grid = torch.tensor(LOG_THETA_GRID)
-    nll_KG = (0.5 * ((grid - _PRIOR_MEAN) / _PRIOR_STD).square())[:, None].repeat(1, autoencoder.n_genes)
-    for scored in blocks:
-        log_share_BG = autoencoder.log_share_of_raw(autoencoder.raw_latent(scored))
-        log_mu_BG = log_share_BG + scored.depth_B.clamp_min(1e-3).log()[:, None]
-        log_mu_X = log_mu_BG[scored.row_X, scored.gene_X]
+    nll_KG = (0.5 * ((grid - _PRIOR_MEAN) / _PRIOR_STD).square())[:, None].repeat(1, n_genes)
+    for log_mu_BG, cells in scored:
+        log_mu_X = log_mu_BG[cells.row_X, cells.gene_X]
         for k, log_theta in enumerate(grid):
             theta = log_theta.exp()
             of_counts_X = (
-                torch.lgamma(scored.count_X + theta)
+                torch.lgamma(cells.count_X + theta)
                 - torch.lgamma(theta)
-                - scored.count_X * F.softplus(log_theta - log_mu_X)
+                - cells.count_X * F.softplus(log_theta - log_mu_X)
             )
             nll_KG[k] += (theta * F.softplus(log_mu_BG - log_theta)).sum(dim=0)
-            nll_KG[k].index_add_(0, scored.gene_X, -of_counts_X)
+            nll_KG[k].index_add_(0, cells.gene_X, -of_counts_X)
     best_G = nll_KG.argmin(dim=0).clamp(1, len(LOG_THETA_GRID) - 2)
     left_G, at_G, right_G = (nll_KG.gather(0, (best_G + i)[None])[0] for i in (-1, 0, 1))
     bend_G = (left_G - 2 * at_G + right_G).clamp_min(1e-6)
     shift_G = (0.5 * (left_G - right_G) / bend_G).clamp(-1.0, 1.0)
-    autoencoder.log_theta_G.copy_(grid[best_G] + shift_G * (grid[1] - grid[0]))
+    return grid[best_G] + shift_G * (grid[1] - grid[0])

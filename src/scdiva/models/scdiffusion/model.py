@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,23 +20,26 @@ from scdiva.data.statistics import GeneStatistics
 from scdiva.errors import BundleError, ConfigError, GeneError
 from scdiva.genes import GeneVocabulary
 from scdiva.models import bundle
+from scdiva.models.base import PretrainedModel, details_of, load_codec
 from scdiva.models.card import model_card
 from scdiva.models.prior import Population
 from scdiva.models.scdiffusion.autoencoder import Autoencoder, SparseCells
 from scdiva.models.scdiffusion.classifiers import LatentClassifier
+from scdiva.models.scdiffusion.codec import CodecHead
 from scdiva.models.scdiffusion.denoiser import Denoiser
 from scdiva.models.scdiffusion.sampling import Guide, LatentSampler, draw_latents
-from scdiva.types import CellCounts
+from scdiva.types import CellCounts, LatentCodec
 
 FAMILY = "scdiffusion"
 
 _BLOCK = 256
-_OWN_KEYS = frozenset({"format", "family", "model", "n_parameters", "vocabulary_fingerprint"})
 _MIN_STD = 0.05
 
 
 class Networks(nn.Module):
     """All weights of a model: autoencoder, denoiser, one classifier per classified field, and the scale of depths.
+
+    Around a codec of another family there is a :class:`CodecHead` in the place of the autoencoder.
 
     Parameters
     ----------
@@ -54,12 +56,19 @@ class Networks(nn.Module):
         Of log(1 + UMIs) of the training cells: what the denoiser is told of depth is standardised by them.
     """
 
+    autoencoder: Autoencoder
+    codec_head: CodecHead
     log_depth_mean: torch.Tensor
     log_depth_std: torch.Tensor
 
     def __init__(self, n_genes: int, config: ScDiffusionConfig, labels: ConditionLabels) -> None:
         super().__init__()
-        self.autoencoder = Autoencoder(n_genes, config.n_latent, config.n_hidden)
+        self.n_genes = n_genes
+        # one of the two
+        if config.codec == "autoencoder":
+            self.autoencoder = Autoencoder(n_genes, config.n_latent, config.n_hidden)
+        else:
+            self.codec_head = CodecHead(n_genes, config.n_latent)
         n_labels = [len(labels.labels(field)) for field in config.fields]
         self.denoiser = Denoiser(config.n_latent, config.width, config.n_blocks, n_labels)
         self.classifiers = nn.ModuleList(
@@ -88,7 +97,7 @@ def build_networks(n_genes: int, config: ScDiffusionConfig, labels: ConditionLab
         return Networks(n_genes, config, labels)
 
 
-class ScDiffusion:
+class ScDiffusion(PretrainedModel):
     """A latent diffusion of cells: from conditions to z to counts, and from counts to z.
 
     Get one with :meth:`from_pretrained`, or fit one with ``scdiva scdiffusion fit``. It is a
@@ -106,11 +115,15 @@ class ScDiffusion:
         Condition fields and labels, those of classifiers that were added later at the end.
     population
         Sizes of the training cells.
+    codec
+        Whose z is drawn, over the same genes; None: the autoencoder in ``networks``.
     details
         What goes into ``config.json`` beside the sizes.
     bundle_hash
         sha256 of the bundle it was loaded from; empty for a model that was never saved.
     """
+
+    family = FAMILY
 
     def __init__(
         self,
@@ -121,18 +134,26 @@ class ScDiffusion:
         *,
         labels: ConditionLabels,
         population: Population,
+        codec: LatentCodec | None = None,
         details: Mapping[str, Any] | None = None,
         bundle_hash: str = "",
     ) -> None:
-        n_genes = networks.autoencoder.n_genes
+        n_genes = networks.n_genes
         if vocabulary.n_genes != n_genes or statistics.n_genes != n_genes:
             raise GeneError(
-                f"an autoencoder of {n_genes} genes, {vocabulary.n_genes} vocabulary genes, {statistics.n_genes} "
-                "statistics",
+                f"networks of {n_genes} genes, {vocabulary.n_genes} vocabulary genes, {statistics.n_genes} statistics",
                 expected="the same genes in all three",
                 fix="build them from one vocabulary",
             )
+        if (codec is None) != (config.codec == "autoencoder") or (codec and codec.n_latent != config.n_latent):
+            raise ConfigError(
+                f"codec {config.codec!r} of {config.n_latent} dimensions, and "
+                + ("none given" if codec is None else f"one of {codec.n_latent} dimensions given"),
+                expected="the codec that the configuration names",
+                fix="give the model whose z the diffusion was trained on",
+            )
         self.networks = networks.eval()
+        self.codec = codec
         self.config = config
         self.vocabulary = vocabulary
         self.statistics = statistics
@@ -157,14 +178,8 @@ class ScDiffusion:
         BundleError
             There is no such model, it is of another family, or a file is missing, changed or does not fit.
         """
-        path = bundle.find_bundle(name_or_path)
-        content = bundle.read_bundle(path)
-        if content.config.get("family") != FAMILY:
-            raise BundleError(
-                f"{path} holds a model of family {content.config.get('family')!r}",
-                expected=repr(FAMILY),
-                fix="load it with the class of its family",
-            )
+        content = cls.read_bundle(name_or_path)
+        path = content.path
         try:
             config = ScDiffusionConfig.model_validate(
                 {
@@ -188,6 +203,23 @@ class ScDiffusion:
             )
         networks = build_networks(content.vocabulary.n_genes, config, labels)
         bundle.load_strictly(networks, bundle.read_weights(path), path)
+        codec = None
+        if config.codec != "autoencoder":
+            codec_bundle = bundle.read_codec(path)
+            if codec_bundle.vocabulary != content.vocabulary or codec_bundle.config["family"] != config.codec:
+                raise BundleError(
+                    f"{codec_bundle.path} is of family {codec_bundle.config['family']!r} and "
+                    f"{codec_bundle.vocabulary.n_genes:,} genes",
+                    expected=f"family {config.codec!r}, and the {content.vocabulary.n_genes:,} genes of the diffusion",
+                    fix="fetch the bundle again",
+                )
+            codec = load_codec(config.codec, codec_bundle.path, device="cpu")
+            if codec.n_latent != config.n_latent:
+                raise BundleError(
+                    f"{codec_bundle.path} has z of {codec.n_latent} dimensions",
+                    expected=str(config.n_latent),
+                    fix="fetch the bundle again",
+                )
         model = cls(
             networks,
             config,
@@ -195,7 +227,8 @@ class ScDiffusion:
             content.statistics,
             labels=labels,
             population=content.population,
-            details={key: content.config[key] for key in content.config if key not in _OWN_KEYS},
+            codec=codec,
+            details=details_of(content),
             bundle_hash=content.hash,
         )
         return model.to(device)
@@ -227,6 +260,7 @@ class ScDiffusion:
             statistics=self.statistics,
             labels=self.labels.to_dict(),
             population=self.population,
+            codec=None if self.codec is None else self.codec.save_pretrained,
             card=model_card(
                 {**config, "conditions": self.labels.to_dict()},
                 self.vocabulary,
@@ -242,35 +276,16 @@ class ScDiffusion:
         )
 
     def to(self, device: str) -> Self:
-        """Move the weights; ``"auto"`` takes a GPU if there is one."""
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            self.networks.to(device)
-        except (RuntimeError, AssertionError) as error:  # PyTorch says "not compiled with CUDA" by an assertion
-            raise ConfigError(
-                f"device {device!r} cannot be used here ({str(error).splitlines()[0][:120]})",
-                expected="auto, cpu, or cuda where there is a GPU",
-                fix="use device='cpu'",
-            ) from error
+        """Move the weights, also those of the codec; ``"auto"`` takes a GPU if there is one."""
+        super().to(device)
+        if self.codec is not None:
+            self.codec.to(str(self.device))
         return self
 
-    def __repr__(self) -> str:
-        """Name the model and its size."""
-        return (
-            f"ScDiffusion({self.name}: {self.n_parameters:,} parameters, {self.vocabulary.n_genes:,} genes, "
-            f"n_latent={self.n_latent}, hash {self.bundle_hash[:12] or 'not saved'})"
-        )
-
     @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.networks.parameters()).device
-
-    @property
-    def name(self) -> str:
-        """The model's name, or "unnamed"."""
-        return str(self.details.get("name") or "unnamed")
+    def module(self) -> Networks:
+        """The weights, without those of the codec."""
+        return self.networks
 
     @property
     def n_latent(self) -> int:
@@ -278,32 +293,16 @@ class ScDiffusion:
         return self.config.n_latent
 
     @property
-    def n_parameters(self) -> int:
-        """Number of weights."""
-        return sum(parameter.numel() for parameter in self.networks.parameters())
-
-    @property
     def view_share(self) -> float:
-        """Share of a cell's molecules that its z stands for: all."""
-        return 1.0
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """What names this very model in a result."""
-        return {
-            "model": self.name,
-            "model_hash": self.bundle_hash or "not saved",
-            "vocabulary_fingerprint": self.vocabulary.fingerprint,
-            "scdiva_version": version("scdiva"),
-        }
+        """Share of a cell's molecules that its z stands for: all, or what the codec says."""
+        return 1.0 if self.codec is None else self.codec.view_share
 
     def weights_hash(self) -> str:
-        """Fingerprint the weights, saved or not."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.networks.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        """Fingerprint the weights, saved or not; the codec's too."""
+        own = super().weights_hash()
+        if self.codec is None:
+            return own
+        return hashlib.sha256(f"{own} {self.codec.weights_hash()}".encode()).hexdigest()
 
     @torch.inference_mode()
     def encode(self, cells: CellCounts) -> NDArray[np.float32]:
@@ -312,8 +311,11 @@ class ScDiffusion:
         Parameters
         ----------
         cells
-            Raw counts in the order of :attr:`vocabulary`.
+            Raw counts in the order of :attr:`vocabulary`. A codec's z of whole cells is less noisy than the z that is
+            drawn, of a share of their molecules (:attr:`view_share`).
         """
+        if self.codec is not None:
+            return self.networks.codec_head.standardised(self.codec.encode(cells))
         parts = [
             self.networks.autoencoder.encode(SparseCells.pack(cells.take(rows)).to(self.device)).cpu().numpy()
             for rows in _blocks(cells.n_cells)
@@ -337,7 +339,8 @@ class ScDiffusion:
         scipy.sparse.csr_matrix
             ``(n, n_genes)`` int32.
         """
-        theta = np.exp(self.networks.autoencoder.log_theta_G.detach().cpu().numpy().astype(np.float64))
+        genes = self.networks.autoencoder if self.codec is None else self.networks.codec_head
+        theta = np.exp(genes.log_theta_G.detach().cpu().numpy().astype(np.float64))
         wanted = np.broadcast_to(np.asarray(depth, dtype=np.float64), (z.shape[0],))
         parts = [sp.csr_matrix(np.zeros((0, self.vocabulary.n_genes), dtype=np.int32))]
         for rows in _blocks(z.shape[0]):
@@ -356,6 +359,9 @@ class ScDiffusion:
         z
             ``(n, Z)`` standardised.
         """
+        if self.codec is not None:
+            head = self.networks.codec_head
+            return head.adjusted(self.codec.expected_share(head.codec_latent(z)))
         latent = torch.from_numpy(np.ascontiguousarray(z, dtype=np.float32)).to(self.device)
         return np.asarray(self.networks.autoencoder.log_share(latent).exp().cpu())
 
@@ -363,6 +369,8 @@ class ScDiffusion:
         self, condition: NDArray[np.integer], sizes: NDArray[np.integer], rng: np.random.Generator
     ) -> NDArray[np.float32]:
         """Draw z with the default sampler and no extra guidance: what :class:`~scdiva.types.LatentPrior` asks for.
+
+        It is the z of :meth:`encode`, or, around a codec, the codec's own.
 
         Parameters
         ----------
@@ -374,7 +382,8 @@ class ScDiffusion:
             Source of randomness.
         """
         generator = torch.Generator().manual_seed(int(rng.integers(2**63 - 1)))
-        return self.sample_latents(condition, sizes[:, 0], generator)
+        z = self.sample_latents(condition, sizes[:, 0], generator)
+        return z if self.codec is None else self.networks.codec_head.codec_latent(z)
 
     # gradients of classifiers need ordinary tensors, also where the caller is in inference mode
     @torch.inference_mode(False)

@@ -92,7 +92,8 @@ class LatentTable:
     Parameters
     ----------
     z
-        ``(n_cells, Z)`` float32, standardised; row i is the cell whose ``cell_index`` is i.
+        ``(n_views * n_cells, Z)`` float32, standardised; row i of each block of ``n_cells`` is the cell whose
+        ``cell_index`` is i. Of several views of a cell one is looked up at random.
     depth
         ``(n_cells,)`` float32 standardised log depth.
     """
@@ -100,10 +101,14 @@ class LatentTable:
     z: NDArray[np.float32]
     depth: NDArray[np.float32]
 
-    def of(self, cells: CellCounts) -> LatentCells:
+    def of(self, cells: CellCounts, rng: np.random.Generator) -> LatentCells:
         """Look cells up."""
+        n_cells = self.depth.size
+        row = cells.cell_index
+        if self.z.shape[0] > n_cells:
+            row = row + n_cells * rng.integers(self.z.shape[0] // n_cells, size=row.size)
         return LatentCells(
-            torch.from_numpy(self.z[cells.cell_index]),
+            torch.from_numpy(self.z[row]),
             torch.from_numpy(self.depth[cells.cell_index]),
             torch.from_numpy(cells.condition.astype(np.int64)),
         )
@@ -124,7 +129,7 @@ class DenoiserObjective(nn.Module):
 
     def prepare(self, cells: CellCounts, rng: np.random.Generator) -> LatentCells:
         """Look up z."""
-        return self.table.of(cells)
+        return self.table.of(cells, rng)
 
     prepare_heldout = prepare
 
@@ -180,7 +185,7 @@ class ClassifierObjective(nn.Module):
 
     def prepare(self, cells: CellCounts, rng: np.random.Generator) -> LatentCells:
         """Look up z."""
-        return self.table.of(cells)
+        return self.table.of(cells, rng)
 
     prepare_heldout = prepare
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -22,7 +20,14 @@ from scdiva.diffusion.samplers import Sampler, SetState, sample_sets
 from scdiva.errors import BundleError, ConfigError, GeneError, UnsupportedError
 from scdiva.genes import GeneVocabulary
 from scdiva.models import bundle
-from scdiva.models.base import HiddenPlaces, HiddenSet, ImputedCounts, OwnCounts
+from scdiva.models.base import (
+    HiddenPlaces,
+    HiddenSet,
+    ImputedCounts,
+    OwnCounts,
+    PretrainedModel,
+    details_of,
+)
 from scdiva.models.card import model_card
 from scdiva.models.prior import Population
 from scdiva.models.scdiva.dense import DenseNetwork
@@ -83,11 +88,9 @@ def build_network(n_genes: int, config: ModelConfig, labels: ConditionLabels | N
 
 
 _STATE_BLOCK = 256
-# keys of config.json that are written anew by each save
-_OWN_KEYS = frozenset({"format", "family", "model", "n_parameters", "vocabulary_fingerprint"})
 
 
-class ScDiVa:
+class ScDiVa(PretrainedModel):
     """A scDiVa model: from counts to embeddings and expected profiles.
 
     Get one with :meth:`from_pretrained`, or train one with ``scdiva pretrain``.
@@ -110,6 +113,8 @@ class ScDiVa:
     bundle_hash
         sha256 of the bundle it was loaded from; empty for a model that was never saved.
     """
+
+    family = FAMILY
 
     def __init__(
         self,
@@ -155,14 +160,8 @@ class ScDiVa:
         BundleError
             There is no such model, or a file is missing, changed or does not fit; nothing is filled in.
         """
-        path = bundle.find_bundle(name_or_path)
-        content = bundle.read_bundle(path)
-        if content.config.get("family") != FAMILY:
-            raise BundleError(
-                f"{path} holds a model of family {content.config.get('family')!r}",
-                expected=repr(FAMILY),
-                fix="load it with the class of its family",
-            )
+        content = cls.read_bundle(name_or_path)
+        path = content.path
         config = _config_of(content.config["model"], path)
         labels = ConditionLabels.from_dict({key: list(names) for key, names in content.labels.items()})
         network = build_network(content.vocabulary.n_genes, config, labels)
@@ -176,13 +175,12 @@ class ScDiVa:
                 expected=f"{network.n_latent}, those of z",
                 fix="fetch the bundle again",
             )
-        details = {key: content.config[key] for key in content.config if key not in _OWN_KEYS}
         model = cls(
             network,
             config,
             content.vocabulary,
             content.statistics,
-            details=details,
+            details=details_of(content),
             labels=labels,
             population=population,
             bundle_hash=content.hash,
@@ -264,36 +262,10 @@ class ScDiVa:
             population=None if self.population is None else self.population.take_genes(is_kept),
         ).to(str(self.device))
 
-    def to(self, device: str) -> Self:
-        """Move the weights; ``"auto"`` takes a GPU if there is one."""
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            self.network.to(device)
-        except (RuntimeError, AssertionError) as error:  # PyTorch says "not compiled with CUDA" by an assertion
-            raise ConfigError(
-                f"device {device!r} cannot be used here ({str(error).splitlines()[0][:120]})",
-                expected="auto, cpu, or cuda where there is a GPU",
-                fix="use device='cpu'",
-            ) from error
-        return self
-
-    def __repr__(self) -> str:
-        """Name the model and its size."""
-        return (
-            f"ScDiVa({self.name}: {self.n_parameters:,} parameters, {self.vocabulary.n_genes:,} genes, "
-            f"n_latent={self.n_latent}, hash {self.bundle_hash[:12] or 'not saved'})"
-        )
-
     @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.network.parameters()).device
-
-    @property
-    def name(self) -> str:
-        """The model's name, or "unnamed"."""
-        return str(self.details.get("name") or "unnamed")
+    def module(self) -> Network:
+        """The weights."""
+        return self.network
 
     @property
     def n_latent(self) -> int:
@@ -302,29 +274,6 @@ class ScDiVa:
             assert isinstance(self.config, NativeConfig)
             return self.network.n_latent + self.config.trunk.width
         return self.network.n_latent
-
-    @property
-    def n_parameters(self) -> int:
-        """Number of weights."""
-        return sum(parameter.numel() for parameter in self.network.parameters())
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """What names this very model in a result."""
-        return {
-            "model": self.name,
-            "model_hash": self.bundle_hash or "not saved",
-            "vocabulary_fingerprint": self.vocabulary.fingerprint,
-            "scdiva_version": version("scdiva"),
-        }
-
-    def weights_hash(self) -> str:
-        """Fingerprint the weights, saved or not."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.network.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().numpy().tobytes())
-        return digest.hexdigest()
 
     @torch.inference_mode()
     def embed(self, cells: CellCounts) -> NDArray[np.float32]:
@@ -414,8 +363,14 @@ class ScDiVa:
     def _embeds_state(self) -> bool:
         return isinstance(self.config, NativeConfig) and self.config.embeds == "state"
 
-    def _refuse_state(self, task: str) -> None:
-        """Refuse what starts at an embedding where the embedding is not z."""
+    def check_embeds_z(self, task: str) -> None:
+        """Refuse what starts at an embedding where the embedding is not z.
+
+        Raises
+        ------
+        UnsupportedError
+            The model embeds states; names the model and the task.
+        """
         if self._embeds_state:
             raise UnsupportedError(
                 f"{self.name} embeds cells as states, LayerNorm([z; h_LAT]), which {task} cannot start from",
@@ -454,7 +409,7 @@ class ScDiVa:
         UntrainedHeadError
             Its profile decoder was never trained.
         """
-        self._refuse_state("profile decoding")
+        self.check_embeds_z("profile decoding")
         anchor = self.native("profile decoding").anchor
         require_profile_decoder(tuple(self.details.get("trained_heads", ())), self.name)
         log_rate = anchor.log_rates(torch.from_numpy(np.asarray(z, dtype=np.float32)).to(self.device)).float()
@@ -535,7 +490,7 @@ class ScDiVa:
             The heads of genes and values are not both trained.
         """
         network = self.native("generation")
-        self._refuse_state("generation")
+        self.check_embeds_z("generation")
         assert isinstance(self.config, NativeConfig)
         require_native_heads(tuple(self.details.get("trained_heads", ())), self.name)
         trunk = self.config.trunk
