@@ -21,7 +21,8 @@ def evaluate_generation(
         list[str] | None,
         typer.Option(
             "--methods",
-            help="Run only this method (repeatable); 'scdiva' is the model, 'scdiffusion' a latent diffusion of FILE.",
+            help="Run only this method (repeatable); 'scdiva' is the model, 'scdiffusion' a latent diffusion of FILE, "
+            "'scdiffusion_parity' the published one.",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds, each with a split of its own.")] = 3,
@@ -78,8 +79,9 @@ def evaluate_generation(
             generators["scdiva"] = task.generator_of("scdiva", loaded, labels_key, folder=out / "models")
             # rows of another model, or of another version of it, are not its rows
             generators["scdiva"].fingerprint = loaded.bundle_hash  # type: ignore[attr-defined]
-        if methods is not None and "scdiffusion" in methods:
-            generators["scdiffusion"] = task.generator_of("scdiffusion", labels_key, folder=out / "models")
+        for name in ("scdiffusion", "scdiffusion_parity"):
+            if methods is not None and name in methods:
+                generators[name] = task.generator_of(name, labels_key, folder=out / "models")
         # whichever methods are asked for: rows of one folder are of the same genes
         data, what = task.known_cells(file, loaded.vocabulary, labels_key, layer=layer)
         typer.echo(what)

@@ -375,6 +375,7 @@ def evaluate_generated(
 _FACTORIES = {
     "scdiva": "scdiva.tasks.generate:scdiva_generator",
     "scdiffusion": "scdiva.tasks.scdiffusion:scdiffusion_generator",
+    "scdiffusion_parity": "scdiva.tasks.scdiffusion:scdiffusion_parity_generator",
 }
 
 
@@ -385,7 +386,8 @@ def generator_of(name: str, *arguments: Any, **options: Any) -> Generator:
     ----------
     name
         "scdiva": ``scdiva_generator(model, labels_key)`` of :mod:`scdiva.tasks.generate`; "scdiffusion":
-        ``scdiffusion_generator(labels_key)`` of :mod:`scdiva.tasks.scdiffusion`.
+        ``scdiffusion_generator(labels_key)`` of :mod:`scdiva.tasks.scdiffusion`; "scdiffusion_parity":
+        ``scdiffusion_parity_generator(labels_key)``.
     *arguments, **options
         What its factory takes.
 

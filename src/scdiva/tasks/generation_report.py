@@ -29,6 +29,8 @@ CEILING = "ceiling"
 METHODS = (*BASELINES, NULL, CEILING)
 """Methods that need no model."""
 TITLES = {
+    "scdiffusion": "scDiffusion",
+    "scdiffusion_parity": "scDiffusion, published networks",
     "scvi": "scVI, posterior predictive",
     "multinomial": "multinomial per type",
     "negative_binomial": "negative binomial per type",

@@ -31,9 +31,8 @@ from scdiva.data.statistics import GeneStatistics
 from scdiva.errors import ConfigError, OutputError, SourceError
 from scdiva.genes import GeneVocabulary
 from scdiva.models.prior import MixturePrior, Population
-from scdiva.models.scdiffusion import LatentSampler, ScDiffusion
+from scdiva.models.scdiffusion import PRESETS, LatentSampler, ScDiffusion
 from scdiva.models.scdiffusion.autoencoder import Autoencoder, SparseCells, calibrate_dispersions
-from scdiva.models.scdiffusion.classifiers import LatentClassifier
 from scdiva.models.scdiffusion.model import build_networks
 from scdiva.models.scdiffusion.objectives import (
     AutoencoderObjective,
@@ -41,6 +40,8 @@ from scdiva.models.scdiffusion.objectives import (
     DenoiserObjective,
     LatentTable,
 )
+from scdiva.models.scdiffusion.published import AnyAutoencoder, AnyClassifier, PublishedAutoencoderObjective
+from scdiva.models.scdiffusion.scimilarity import load_scimilarity
 from scdiva.serialization import log1p_cp10k
 from scdiva.types import CellCounts, Objective
 
@@ -97,6 +98,7 @@ def fit_scdiffusion(
     config: ScDiffusionConfig | None = None,
     settings: Sequence[str] = (),
     with_classifiers: bool = True,
+    scimilarity: str | Path | None = None,
     layer: str | None = None,
     min_cells: int = MIN_CELLS,
     name: str = "",
@@ -116,13 +118,16 @@ def fit_scdiffusion(
     out_dir
         Folder of the run, which the same call resumes; None: a temporary one.
     config
-        Sizes; ``fields`` and ``classified`` are set here.
+        Networks and their sizes, such as ``PRESETS["parity"]`` of :mod:`scdiva.models.scdiffusion`; ``fields`` and
+        ``classified`` are set here.
     settings
         What is to differ from :func:`loop_config`, such as ``"denoiser.training.max_steps=2000"``: a part
         ("autoencoder", "denoiser" or "classifier"), then a key of its loop.
     with_classifiers
         Whether each condition gets a classifier for classifier guidance; they can be added later
-        (:func:`add_classifier`).
+        (:func:`add_classifier`). The published denoiser knows of no conditions: there they are needed.
+    scimilarity
+        Folder of a SCimilarity model at whose weights the published autoencoder starts.
     layer
         Where the counts are; found if left out.
     min_cells
@@ -143,16 +148,36 @@ def fit_scdiffusion(
     KeyNotFoundError
         There is no such column, or no cell has a label.
     ConfigError
-        A label of too few cells; names all of them. The same condition twice, or a setting that does not exist.
+        A label of too few cells; names all of them. The same condition twice, or a setting that does not exist; or
+        what the published or the native networks cannot do.
+    BundleError
+        ``scimilarity`` cannot be used.
     OutputError, TrainingError, NonFiniteLossError
         See :func:`scdiva.training.fit`.
     """
     _refuse_foreign_bundle(out_dir)
     by_part = _settings_by_part(settings)
+    config = config or ScDiffusionConfig()
+    is_published = config.architecture == "published"
+    if is_published and conditions and not with_classifiers:
+        raise ConfigError(
+            "conditions without classifiers, of the published networks",
+            expected="classifiers: the published denoiser is unconditional, and guided by them alone",
+            fix="leave --no-classifiers out",
+        )
+    if scimilarity is not None and not is_published:
+        raise ConfigError(
+            "SCimilarity weights for the native autoencoder",
+            expected="the published one, which has SCimilarity's layers",
+            fix="add --preset parity, or leave --scimilarity out",
+        )
     reader, labels = _opened(data, conditions, layer, min_cells)
     cells = _trainable(reader)
-    sizes = (config or ScDiffusionConfig()).model_copy(
-        update={"fields": tuple(labels.fields), "classified": tuple(labels.fields) if with_classifiers else ()}
+    sizes = config.model_copy(
+        update={
+            "fields": () if is_published else tuple(labels.fields),
+            "classified": tuple(labels.fields) if with_classifiers else (),
+        }
     )
     train, heldout = hold_out(
         np.zeros(cells.n_cells, dtype=str), _HELDOUT_SHARE, np.random.default_rng([seed, _SPLIT_STREAM])
@@ -160,23 +185,39 @@ def fit_scdiffusion(
     trained = cells.take(train)
     statistics = GeneStatistics.from_cells(trained)
     networks = build_networks(cells.n_genes, sizes, labels, seed=seed)
-    mean_value = np.bincount(trained.counts.indices, weights=log1p_cp10k(trained), minlength=cells.n_genes)
-    networks.autoencoder.start_at(statistics.log_mean_profile(), mean_value / trained.n_cells)
+    autoencoder, start, start_from = networks.autoencoder, None, ""
+    if isinstance(autoencoder, Autoencoder):
+        mean_value = np.bincount(trained.counts.indices, weights=log1p_cp10k(trained), minlength=cells.n_genes)
+        autoencoder.start_at(statistics.log_mean_profile(), mean_value / trained.n_cells)
+    elif scimilarity is not None:
+        start = load_scimilarity(autoencoder, reader.alignment.vocabulary, scimilarity)
+        start_from = start.content_hash
     networks.set_depths(_depth(trained))
     source = reader.source.name
     folder = nullcontext(str(out_dir)) if out_dir is not None else tempfile.TemporaryDirectory(prefix="scdiva-")
     fits: dict[str, FitResult] = {}
     # a caller's inference mode would take the gradients away
     with torch.inference_mode(False), folder as out:
-        run = _Run(cells, train, heldout, source, Path(out), by_part, seed, device, progress)
-        fits["autoencoder"] = run.fit("autoencoder", AutoencoderObjective(networks.autoencoder), sizes)
-        calibrate_dispersions(networks.autoencoder, _some_blocks(trained, seed))
-        networks.autoencoder.standardise_by(_raw_latents(networks.autoencoder, trained))
-        table = LatentTable(_latents(networks.autoencoder, cells), networks.told_depth(_depth(cells)))
-        fits["denoiser"] = run.fit("denoiser", DenoiserObjective(networks.denoiser, table, sizes.n_times), sizes)
+        run = _Run(cells, train, heldout, source, Path(out), by_part, seed, device, progress, start_from)
+        if isinstance(autoencoder, Autoencoder):
+            fits["autoencoder"] = run.fit("autoencoder", AutoencoderObjective(autoencoder), sizes)
+            calibrate_dispersions(autoencoder, _some_blocks(trained, seed))
+            autoencoder.standardise_by(_raw_latents(autoencoder, trained))
+        else:
+            fits["autoencoder"] = run.fit("autoencoder", PublishedAutoencoderObjective(autoencoder), sizes)
+        table = LatentTable(_latents(autoencoder, cells), networks.told_depth(_depth(cells)))
+        denoising = DenoiserObjective(
+            networks.denoiser,
+            table,
+            sizes.n_times,
+            schedule=sizes.schedule,
+            prediction=sizes.prediction,
+            is_weighted=not is_published,
+        )
+        fits["denoiser"] = run.fit("denoiser", denoising, sizes)
         for i, field in enumerate(sizes.classified):
             classifier = networks.classifiers[i]
-            assert isinstance(classifier, LatentClassifier)
+            assert isinstance(classifier, AnyClassifier)
             fits[f"classifier-{field}"] = _fit_classifier(run, classifier, table, labels, field, sizes)
     metrics = {
         f"heldout_{part}_loss": float(fit.best_value) for part, fit in fits.items() if fit.best_value is not None
@@ -188,6 +229,7 @@ def fit_scdiffusion(
         "trained_heads": ["autoencoder", "denoiser", *(f"classifier of {field}" for field in sizes.classified)],
         "training": _record(reader, trained, heldout.size, fits, seed),
         "metrics": metrics,
+        **({"scimilarity": start.to_dict()} if start is not None else {}),
     }
     population = _population(table.z[train], trained, seed)
     model = ScDiffusion(
@@ -260,6 +302,8 @@ def add_classifier(
     networks = build_networks(model.vocabulary.n_genes, sizes, labels, seed=seed)
     old = {name: tensor.cpu() for name, tensor in model.networks.state_dict().items()}
     networks.load_state_dict({**networks.state_dict(), **old}, strict=True)
+    # it is not trained, and batch norms must not see other cells
+    networks.autoencoder.eval()
     train, heldout = hold_out(
         np.zeros(cells.n_cells, dtype=str), _HELDOUT_SHARE, np.random.default_rng([seed, _SPLIT_STREAM])
     )
@@ -270,7 +314,7 @@ def add_classifier(
         run = _Run(cells, train, heldout, source.name, Path(out), by_part, seed, device, progress, model.weights_hash())
         table = LatentTable(_latents(networks.autoencoder, cells), networks.told_depth(_depth(cells)))
         classifier = networks.classifiers[len(sizes.classified) - 1]
-        assert isinstance(classifier, LatentClassifier)
+        assert isinstance(classifier, AnyClassifier)
         fit = _fit_classifier(run, classifier, table, labels, field, sizes)
     metrics = dict(model.details.get("metrics", {}))
     if fit.best_value is not None:
@@ -297,6 +341,7 @@ def scdiffusion_generator(
     *,
     sampler: LatentSampler | None = None,
     settings: Sequence[str] = (),
+    preset: str = "native",
     folder: Path | None = None,
 ) -> Callable[[AnnData, Mapping[str, int], int], AnnData]:
     """Return what evaluations call: fit a model to training cells, then generate cells of each label.
@@ -309,6 +354,8 @@ def scdiffusion_generator(
         How z is drawn.
     settings
         As for :func:`fit_scdiffusion`.
+    preset
+        Name among the ``PRESETS`` of :mod:`scdiva.models.scdiffusion`.
     folder
         Where the models go, one folder per seed; an interrupted training resumes from there. None: they are not kept.
     """
@@ -318,13 +365,17 @@ def scdiffusion_generator(
 
         from scdiva.tasks.latent_generation import generate_latent, plan_latent_cells
 
-        out = None if folder is None else folder / f"scdiffusion-seed-{seed}"
+        config = PRESETS[preset]
+        family = "scdiffusion" if preset == "native" else f"scdiffusion_{preset}"
+        out = None if folder is None else folder / f"{family}-seed-{seed}"
         model = fit_scdiffusion(
             train,
             [labels_key],
             out,
+            config=config,
             settings=settings,
-            with_classifiers=False,
+            # ours is told the label; the published denoiser has to be guided to it
+            with_classifiers=config.architecture == "published",
             min_cells=1,
             seed=seed,
             device="cpu",
@@ -340,10 +391,19 @@ def scdiffusion_generator(
     return fit_and_generate
 
 
+def scdiffusion_parity_generator(
+    labels_key: str, **options: Any
+) -> Callable[[AnnData, Mapping[str, int], int], AnnData]:
+    """Return what evaluations call, with the published networks; see :func:`scdiffusion_generator`."""
+    return scdiffusion_generator(labels_key, preset="parity", **options)
+
+
 _HELDOUT_SHARE = 0.1
 
 
-def loop_config(part: str, n_cells: int, *, seed: int = 0, device: str = "auto") -> LoopConfig:
+def loop_config(
+    part: str, n_cells: int, *, architecture: str = "latent-diffusion", seed: int = 0, device: str = "auto"
+) -> LoopConfig:
     """Return the settings of the training loop of one part for so many cells.
 
     Chosen on two sets of 2,600 and 3,500 cells (docs/scdiffusion.md). Every part stops when its held-out loss no longer
@@ -355,9 +415,14 @@ def loop_config(part: str, n_cells: int, *, seed: int = 0, device: str = "auto")
         "autoencoder", "denoiser" or "classifier".
     n_cells
         Cells that are trained on.
+    architecture
+        "latent-diffusion", or "published": optimisers, rates and averages as published (methods C.1), but steps for a
+        laptop; published are 150,000 of the autoencoder, 600,000 of the denoiser and 200,000 of a classifier.
     seed, device
         Go into the settings.
     """
+    if architecture == "published":
+        return _published_loop(part, n_cells, seed=seed, device=device)
     steps, batch, lr, ema, every, patience = {
         "autoencoder": (4000, 128, 1e-3, 0.99, 50, 5),
         "denoiser": (6000, 256, 1e-3, 0.995, 250, 5),
@@ -380,6 +445,28 @@ def loop_config(part: str, n_cells: int, *, seed: int = 0, device: str = "auto")
             },
         }
     )
+
+
+def _published_loop(part: str, n_cells: int, *, seed: int, device: str) -> LoopConfig:
+    steps, lr, decay, schedule, ema, every = {
+        "autoencoder": (600, 5e-4, 0.01, "constant", 0.0, 50),
+        "denoiser": (6000, 1e-4, 1e-4, "linear", 0.9999, 250),
+        "classifier": (2000, 3e-4, 0.0, "constant", 0.0, 100),
+    }[part]
+    return LoopConfig.model_validate(
+        {
+            "seed": seed,
+            "data": {"heldout_fraction": _HELDOUT_SHARE, "block_size": 1},
+            "optim": {
+                "lr": lr, "weight_decay": decay, "betas": (0.9, 0.999), "schedule": schedule, "final_lr_ratio": 0.0,
+                "warmup_steps": 0, "clip_norm": 0.0, "ema_decay": ema,
+            },
+            "training": {
+                "max_steps": steps, "batch_size": int(np.clip(n_cells // 4, 8, 128)), "validate_every": every,
+                "checkpoint_every": 500, "log_every": 50, "device": device,
+            },
+        }
+    )  # fmt: skip
 
 
 def _settings_by_part(settings: Sequence[str]) -> dict[str, list[str]]:
@@ -430,7 +517,9 @@ class _Run:
 
         train = self.train if train is None else train
         heldout = self.heldout if heldout is None else heldout
-        usual = loop_config(kind or part, train.size, seed=self.seed, device=self.device)
+        usual = loop_config(
+            kind or part, train.size, architecture=sizes.architecture, seed=self.seed, device=self.device
+        )
         loop = apply_overrides(usual, self.settings.get(kind or part, ()))
         began = time.monotonic()
         result = fit(
@@ -453,7 +542,7 @@ class _Run:
 
 def _fit_classifier(
     run: _Run,
-    classifier: LatentClassifier,
+    classifier: AnyClassifier,
     table: LatentTable,
     labels: ConditionLabels,
     field: str,
@@ -464,7 +553,17 @@ def _fit_classifier(
     n_cells = np.bincount(code[code > 0] - 1, minlength=len(labels.labels(field)))
     # every label weighs alike, and the mean weight of a cell is 1
     weight = (n_cells.sum() / np.maximum(n_cells, 1) / n_cells.size).astype(np.float32)
-    objective = ClassifierObjective(classifier, table, column, sizes.n_times, weight)
+    if sizes.architecture == "published":
+        weight = np.ones_like(weight)
+    objective = ClassifierObjective(
+        classifier,
+        table,
+        column,
+        sizes.n_times,
+        weight,
+        schedule=sizes.schedule,
+        guided_times=sizes.guided_times,
+    )
     return run.fit(
         f"classifier-{_folder_name(field)}",
         objective,
@@ -565,7 +664,7 @@ def _raw_latents(autoencoder: Autoencoder, cells: CellCounts) -> NDArray[np.floa
     return _in_blocks(cells, autoencoder.raw_latent)
 
 
-def _latents(autoencoder: Autoencoder, cells: CellCounts) -> NDArray[np.float32]:
+def _latents(autoencoder: AnyAutoencoder, cells: CellCounts) -> NDArray[np.float32]:
     return _in_blocks(cells, autoencoder.encode)
 
 
