@@ -189,7 +189,9 @@ def fit_scdiffusion(
     if isinstance(autoencoder, Autoencoder):
         mean_value = np.bincount(trained.counts.indices, weights=log1p_cp10k(trained), minlength=cells.n_genes)
         autoencoder.start_at(statistics.log_mean_profile(), mean_value / trained.n_cells)
-    elif scimilarity is not None:
+    elif scimilarity is None:
+        start_from = "random weights"
+    else:
         start = load_scimilarity(autoencoder, reader.alignment.vocabulary, scimilarity)
         start_from = start.content_hash
     networks.set_depths(_depth(trained))

@@ -93,7 +93,7 @@ def scheduler_of(
 ) -> Any:
     """Return the ``diffusers`` scheduler of a sampler, with its time steps set.
 
-    DDPM with linear betas draws with the fixed-large variance, as published (methods C.1).
+    DDPM with all steps and linear betas draws with the fixed-large variance, as published (methods C.1).
     """
     # deferred: diffusers takes seconds to load
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -114,7 +114,9 @@ def scheduler_of(
     elif sampler.method == "ddim":
         scheduler = DDIMScheduler(**common, clip_sample=False)
     else:
-        variance = "fixed_large" if schedule == "linear" else "fixed_small"
+        # with fewer steps the large variance would be drawn in the last one, too, and stay
+        is_large = schedule == "linear" and sampler.steps(n_times) == n_times
+        variance = "fixed_large" if is_large else "fixed_small"
         scheduler = DDPMScheduler(**common, clip_sample=False, variance_type=variance)
     scheduler.set_timesteps(sampler.steps(n_times))
     return scheduler

@@ -198,8 +198,9 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        why = " ".join(str(error).split())[:120] or type(error).__name__
         raise BundleError(
-            f"{path} cannot be read without running code from it ({str(error).splitlines()[0][:120]})",
+            f"{path} cannot be read without running code from it ({why})",
             expected='a torch file of {"state_dict": named tensors}',
             fix='save it anew: torch.save({"state_dict": model.state_dict()}, path)',
         ) from error
