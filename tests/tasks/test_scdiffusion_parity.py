@@ -29,10 +29,11 @@ SMALL = PRESETS["parity"].model_copy(
     update={"n_latent": 6, "n_hidden": 32, "width": 32, "classifier_width": 24, "n_times": 200, "guided_times": 100}
 )
 SHORT = (
-    "autoencoder.training.max_steps=800",
-    "denoiser.training.max_steps=1000",
+    "autoencoder.training.max_steps=300",
+    "autoencoder.optim.lr=2e-3",
+    "denoiser.training.max_steps=600",
     "denoiser.optim.lr=3e-3",
-    "classifier.training.max_steps=400",
+    "classifier.training.max_steps=200",
     "classifier.optim.lr=3e-3",
 )
 SHORTEST = [f"{part}.training.max_steps=2" for part in ("autoencoder", "denoiser", "classifier")]
@@ -123,7 +124,7 @@ class TestFit:
         tables = []
         latents = task._latents
         monkeypatch.setattr(task, "_latents", lambda *arguments: tables.append(latents(*arguments)) or tables[-1])
-        larger = add_classifier(model, cells, "state", settings=SHORT[3:], device="cpu", progress=False).model
+        larger = add_classifier(model, cells, "state", settings=SHORT[4:], device="cpu", progress=False).model
         assert larger.config.classified == ("cell_type", "state")
         np.testing.assert_allclose(tables[0], model.encode(read(model, cells)), atol=1e-5)
         left = sd.tl.generate(larger, 60, condition={"state": "left"}, guidance={"state": 4.0})
@@ -142,11 +143,11 @@ class TestFit:
 
 
 class TestSettings:
-    def test_they_are_the_published_ones_but_for_the_steps(self):
+    def test_they_are_the_published_ones_but_for_the_steps_and_one_rate(self):
         parts = {part: loop_config(part, 5000, architecture="published") for part in ("autoencoder", "denoiser")}
         parts["classifier"] = loop_config("classifier", 5000, architecture="published")
         assert {c.training.batch_size for c in parts.values()} == {128}
-        assert [c.optim.lr for c in parts.values()] == [5e-4, 1e-4, 3e-4]
+        assert [c.optim.lr for c in parts.values()] == [5e-4, 1e-3, 3e-4]
         assert [c.optim.weight_decay for c in parts.values()] == [0.01, 1e-4, 0.0]
         assert [c.optim.schedule for c in parts.values()] == ["constant", "linear", "constant"]
         assert [c.optim.ema_decay for c in parts.values()] == [0.0, 0.9999, 0.0]

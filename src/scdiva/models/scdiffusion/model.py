@@ -364,11 +364,11 @@ class ScDiffusion:
         wanted = np.broadcast_to(np.asarray(depth, dtype=np.float64), (z.shape[0],))
         parts = [sp.csr_matrix(np.zeros((0, self.vocabulary.n_genes), dtype=np.int32))]
         for rows in _blocks(z.shape[0]):
-            mean = self.expected_share(z[rows]).astype(np.float64) * wanted[rows, None]
+            rate = self.expected_share(z[rows]).astype(np.float64) * wanted[rows, None]
             if theta is not None:
                 # a Poisson count whose rate is a gamma variable is a negative binomial
-                mean = rng.standard_gamma(np.broadcast_to(theta, mean.shape)) * (mean / theta)
-            parts.append(sp.csr_matrix(rng.poisson(mean).astype(np.int32)))
+                rate = rng.standard_gamma(np.broadcast_to(theta, rate.shape)) * (rate / theta)
+            parts.append(sp.csr_matrix(rng.poisson(rate).astype(np.int32)))
         return sp.csr_matrix(sp.vstack(parts, format="csr"))
 
     @torch.inference_mode()
