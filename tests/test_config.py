@@ -88,7 +88,7 @@ def test_frozen():
         ("[optim]\nlr = nan", "optim.lr = NaN", "correct"),
         ("[optim]\nlr = 2024-01-01", "optim.lr", "correct"),
         ("[optim]\nbetas = [0.9]", "optim.betas", "correct"),
-        ('[optim]\nschedule = "linear"', "optim.schedule", "correct"),
+        ('[optim]\nschedule = "step"', "optim.schedule", "correct"),
         ("[objective]\nrho_min = 0.9\nrho_max = 0.1", "objective", "correct"),
         ("[optim\nlr = 1", "is not TOML", "correct that line"),
     ],

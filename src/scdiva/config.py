@@ -115,10 +115,10 @@ class OptimConfig(Section):
     """Decoupled weight decay; not applied to norms, biases and embeddings."""
     warmup_steps: NaturalInt = 100
     """Steps of linear warm-up."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Shape after the warm-up; the cosine ends at ``training.max_steps``."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up; cosine and line end at ``training.max_steps``."""
     final_lr_ratio: Fraction = 0.05
-    """Learning rate at the end of the cosine, as a share of ``lr``."""
+    """Learning rate at the end of the cosine or line, as a share of ``lr``."""
     clip_norm: NaturalFloat = 1.0
     """Largest norm of the gradient; 0: no clipping."""
     ema_decay: OpenFraction = 0.999
@@ -679,8 +679,8 @@ class RunConfig(LoopConfig):
 class ScDiffusionConfig(Section):
     """The networks of a latent diffusion: autoencoder, denoiser, classifiers (docs/scdiffusion.md)."""
 
-    architecture: Literal["latent-diffusion"] = "latent-diffusion"
-    """Names this architecture."""
+    architecture: Literal["latent-diffusion", "published"] = "latent-diffusion"
+    """Whose networks: ours, or those of the publication, which are unconditional (guided by classifiers alone)."""
     codec: Literal["autoencoder", "scdiva"] = "autoencoder"
     """Whose z is drawn: that of an autoencoder of its own, or that of a native scDiVa model, which lies in the
     bundle."""
@@ -696,6 +696,14 @@ class ScDiffusionConfig(Section):
     """Width of each classifier; even."""
     n_times: Annotated[int, Field(ge=2)] = 1000
     """T, steps of the forward process."""
+    prediction: Literal["v", "epsilon"] = "v"
+    """What the denoiser predicts: the velocity, or the noise."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the signal falls over the times: by a cosine, or by betas from 1e-4 to 0.02 (at T = 1,000)."""
+    guided_times: PositiveInt | None = None
+    """Classifiers are trained and asked at times below this one; none: at all."""
+    guidance: NaturalFloat = 1.0
+    """Usual scale of classifier guidance towards a wanted label that the denoiser is not told."""
     fields: tuple[str, ...] = ()
     """Condition fields that the denoiser was trained with, in the order of its tables."""
     classified: tuple[str, ...] = ()
@@ -705,4 +713,11 @@ class ScDiffusionConfig(Section):
     def _check(self) -> ScDiffusionConfig:
         if self.width % 2 or self.classifier_width % 2:
             raise ValueError("width and classifier_width must be even: half of each time embedding are sines")
+        if self.schedule == "linear" and self.n_times <= 20:
+            raise ValueError("the linear schedule needs more than 20 times: betas are scaled by 1,000 / T")
+        if self.architecture == "published":
+            if self.width % 4 or self.n_blocks != 4:
+                raise ValueError("the published denoiser has 4 levels, the last of width / 4")
+            if self.fields:
+                raise ValueError("the published denoiser takes no conditions: fields must be empty")
         return self

@@ -24,7 +24,7 @@ from scdiva.models.scdiffusion.classifiers import LatentClassifier
 from scdiva.models.scdiffusion.denoiser import Denoiser
 from scdiva.models.scdiffusion.model import build_networks
 from scdiva.models.scdiffusion.objectives import ClassifierObjective, DenoiserObjective, LatentTable
-from scdiva.models.scdiffusion.sampling import Guide, draw_latents, guided_velocity, scheduler_of, start_index
+from scdiva.models.scdiffusion.sampling import Guide, draw_latents, guided_prediction, scheduler_of, start_index
 from scdiva.models.scdiffusion.schedule import cosine_alpha_bar, noised, velocity
 from scdiva.models.scdiva import ScDiVa
 from scdiva.types import CellCounts, LatentCodec, LatentPrior
@@ -188,7 +188,7 @@ class TestSchedule:
             return torch.zeros_like(z)
 
         monkeypatch.setattr(sampling, "noised", spied)
-        monkeypatch.setattr(sampling, "guided_velocity", first)
+        monkeypatch.setattr(sampling, "guided_prediction", first)
         denoiser = Denoiser(4, 8, 1, ())
         draw_latents(
             denoiser, torch.zeros(3), torch.zeros((3, 0), dtype=torch.int64), n_latent=4, n_times=200,
@@ -224,7 +224,7 @@ class TestGuidance:
             return denoiser(z, at, depth, torch.tensor([code] * 5))
 
         with torch.no_grad():
-            found = guided_velocity(denoiser, z, 40, 0.5, depth, codes, [3.0, 0.5], ())
+            found = guided_prediction(denoiser, z, 40, 0.5, depth, codes, [3.0, 0.5], ())
             expected = v(1, 2) + 2.0 * (v(1, 0) - v(0, 0)) - 0.5 * (v(0, 2) - v(0, 0))
         torch.testing.assert_close(found, expected)
 
@@ -234,7 +234,7 @@ class TestGuidance:
         alpha_bar, at = 0.6, torch.full((4,), 40)
         weight = torch.tensor([[0.0, 2.0, 0.0]] * 4)
         plain, moved = (
-            guided_velocity(denoiser, z, 40, alpha_bar, depth, codes, [1.0, 1.0], guides)
+            guided_prediction(denoiser, z, 40, alpha_bar, depth, codes, [1.0, 1.0], guides)
             for guides in ((), (Guide(classifier, weight),))
         )
         x = z.clone().requires_grad_(True)

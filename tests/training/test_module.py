@@ -69,6 +69,10 @@ def test_learning_rate():
     assert np.all(np.diff(factors[4:25]) < 0)
     constant = OptimConfig(warmup_steps=0, schedule="constant")
     assert {learning_rate_factor(step, config=constant, max_steps=9) for step in range(20)} == {1.0}
+    line = OptimConfig(warmup_steps=2, schedule="linear", final_lr_ratio=0.0)
+    assert [learning_rate_factor(step, config=line, max_steps=6) for step in range(8)] == pytest.approx(
+        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+    )
     # A warm-up as long as the run must not divide by zero.
     assert learning_rate_factor(24, config=OptimConfig(warmup_steps=24), max_steps=24) == 1.0
 

@@ -22,7 +22,8 @@ def evaluate_generation(
         typer.Option(
             "--methods",
             help="Run only this method (repeatable); 'scdiva' is the model, 'scdiffusion' a latent diffusion of FILE, "
-            "'scdiffusion_scdiva' and 'scdiffusion_scdiva_masked' one on the z of the model, with either decoder.",
+            "'scdiffusion_parity' the published one, 'scdiffusion_scdiva' and 'scdiffusion_scdiva_masked' one on the z "
+            "of the model, with either decoder.",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds, each with a split of its own.")] = 3,
@@ -81,8 +82,9 @@ def evaluate_generation(
             generators["scdiva"] = task.generator_of("scdiva", loaded, labels_key, folder=out / "models")
             # rows of another model, or of another version of it, are not its rows
             generators["scdiva"].fingerprint = loaded.bundle_hash  # type: ignore[attr-defined]
-        if methods is not None and "scdiffusion" in methods:
-            generators["scdiffusion"] = task.generator_of("scdiffusion", labels_key, folder=out / "models")
+        for name in ("scdiffusion", "scdiffusion_parity"):
+            if methods is not None and name in methods:
+                generators[name] = task.generator_of(name, labels_key, folder=out / "models")
         for name in ("scdiffusion_scdiva", "scdiffusion_scdiva_masked"):
             if methods is not None and name in methods:
                 generators[name] = task.generator_of(name, loaded, labels_key, folder=out / "models")

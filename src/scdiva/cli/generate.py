@@ -59,7 +59,8 @@ def generate(
     method: Annotated[
         Literal["dpm", "ddim", "ddpm"] | None,
         typer.Option(
-            "--sampler", help="Of an scDiffusion model: DPM-Solver++ (default), DDIM, or DDPM with 1,000 steps."
+            "--sampler",
+            help="Of an scDiffusion model: DPM-Solver++ (default), DDIM, or DDPM (default of parity, 1,000 steps).",
         ),
     ] = None,
     guidance: Annotated[
@@ -114,7 +115,7 @@ def generate(
     if isinstance(loaded, ScDiffusion):
         of_sets = {"--strategy": strategy, "--grid": grid, "--gibbs-rounds": gibbs_rounds}
         refuse_foreign_options({**of_sets, "--latent": latent, "--like": like, "--n-genes": n_genes})
-        sampler = LatentSampler(method or "dpm", steps)
+        sampler = LatentSampler(method or loaded.default_sampler.method, steps)
     elif method is not None:
         raise ConfigError(
             f"--sampler {method} with {loaded.name}, of family scdiva",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -39,8 +39,12 @@ def fit(
     min_cells: Annotated[int, typer.Option("--min-cells", min=1, help=_MIN_CELLS_HELP)] = 20,
     layer: LayerOption = None,
     name: Annotated[str, typer.Option("--name", help="Name of the model.")] = "",
+    preset: Annotated[
+        Literal["native", "parity"], typer.Option("--preset", help="Our networks, or those of the publication.")
+    ] = "native",
     n_latent: Annotated[
-        int | None, typer.Option("--n-latent", min=2, help="Dimensions of z (default 32); those of the codec with one.")
+        int | None,
+        typer.Option("--n-latent", min=2, help="Dimensions of z; usually 32, of parity 128, of a codec its own."),
     ] = None,
     codec: Annotated[
         str | None,
@@ -50,6 +54,10 @@ def fit(
             help="Native scDiVa model (bundled name or bundle folder) whose z is drawn; no autoencoder is trained.",
         ),
     ] = None,
+    scimilarity: Annotated[
+        Path | None,
+        typer.Option("--scimilarity", metavar="DIR", help="SCimilarity model to start the parity autoencoder at."),
+    ] = None,
     settings: SettingsOption = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")] = 0,
     device: DeviceOption = "auto",
@@ -57,18 +65,20 @@ def fit(
     """Fit a latent diffusion to the raw counts of FILE. The same command again resumes."""
     if codec is not None and n_latent is not None:
         raise typer.BadParameter("z of --codec has its own dimensions", param_hint="--n-latent")
-    from scdiva.config import ScDiffusionConfig
+    from scdiva.models.scdiffusion import PRESETS
     from scdiva.tasks.scdiffusion import fit_scdiffusion
 
+    config = PRESETS[preset]
     _tell(
         fit_scdiffusion(
             file,
             condition or (),
             out,
             codec=codec,
-            config=ScDiffusionConfig() if n_latent is None else ScDiffusionConfig(n_latent=n_latent),
+            config=config if n_latent is None else config.model_copy(update={"n_latent": n_latent}),
             settings=settings or (),
             with_classifiers=not no_classifiers,
+            scimilarity=scimilarity,
             min_cells=min_cells,
             layer=layer,
             name=name,
@@ -110,6 +120,14 @@ def add(
 
 
 def _tell(fitted: FittedScDiffusion) -> None:
+    start = fitted.model.details.get("scimilarity")
+    if start is not None:
+        typer.echo(
+            f"SCimilarity: {len(start['loaded'])} tensors taken over, {len(start['skipped'])} not; "
+            f"{start['n_genes_loaded']:,} of {start['n_genes']:,} genes"
+        )
+        for name, reason in start["skipped"].items():
+            typer.echo(f"not taken over: {name} ({reason})")
     for part, seconds in fitted.seconds.items():
         value = fitted.metrics.get(f"heldout_{part}_loss")
         typer.echo(f"{part}: {seconds:.0f} s" + ("" if value is None else f", held-out loss {value:.4f}"))

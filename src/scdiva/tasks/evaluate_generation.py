@@ -381,6 +381,7 @@ def evaluate_generated(
 _FACTORIES = {
     "scdiva": "scdiva.tasks.generate:scdiva_generator",
     "scdiffusion": "scdiva.tasks.scdiffusion:scdiffusion_generator",
+    "scdiffusion_parity": "scdiva.tasks.scdiffusion:scdiffusion_parity_generator",
     "scdiffusion_scdiva": "scdiva.tasks.scdiva_latent:scdiffusion_scdiva_generator",
     "scdiffusion_scdiva_masked": "scdiva.tasks.scdiva_latent:scdiffusion_scdiva_masked_generator",
 }
@@ -393,8 +394,9 @@ def generator_of(name: str, *arguments: Any, **options: Any) -> Generator:
     ----------
     name
         "scdiva": ``scdiva_generator(model, labels_key)`` of :mod:`scdiva.tasks.generate`; "scdiffusion":
-        ``scdiffusion_generator(labels_key)`` of :mod:`scdiva.tasks.scdiffusion`; "scdiffusion_scdiva" and
-        "scdiffusion_scdiva_masked": ``scdiffusion_scdiva_generator(model, labels_key)`` and
+        ``scdiffusion_generator(labels_key)`` of :mod:`scdiva.tasks.scdiffusion`; "scdiffusion_parity":
+        ``scdiffusion_parity_generator(labels_key)``; "scdiffusion_scdiva" and "scdiffusion_scdiva_masked":
+        ``scdiffusion_scdiva_generator(model, labels_key)`` and
         ``scdiffusion_scdiva_masked_generator(model, labels_key)`` of :mod:`scdiva.tasks.scdiva_latent`.
     *arguments, **options
         What its factory takes.

@@ -98,7 +98,7 @@ def plan_latent_cells(
     n_umis
         UMIs of the cells, one number or one per cell; else drawn from those of training cells.
     sampler
-        How z is drawn.
+        How z is drawn; the model's usual sampler if left out.
     decoder
         Of a diffusion on the z of a scDiVa model: its profile decoder (the default) or its masked diffusion.
     seed
@@ -118,7 +118,7 @@ def plan_latent_cells(
         raise ConfigError(f"n_cells={n}", expected="at least 1", fix="say how many cells are wanted")
     if seed < 0:
         raise ConfigError(f"seed={seed}", expected="0 or more", fix="name another seed")
-    sampler = sampler or LatentSampler()
+    sampler = sampler or model.default_sampler
     if not isinstance(sampler, LatentSampler):
         raise ConfigError(
             f"a sampler of type {type(sampler).__name__}", expected="sd.LatentSampler", fix="leave the sampler out"
@@ -132,6 +132,12 @@ def plan_latent_cells(
         weights = {}
     else:
         weights = {field: float(weight) for field in wanted if field in model.config.fields}
+        if wanted and not weights:
+            raise ConfigError(
+                f"weight={weight} of {', '.join(wanted)}, which the denoiser was not trained with",
+                expected="fields of the denoiser",
+                fix="use guidance by a classifier for these fields",
+            )
     scales = dict(guidance or {})
     for field in (*weights, *scales):
         model.labels.labels(field)

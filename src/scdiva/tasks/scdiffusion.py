@@ -31,9 +31,8 @@ from scdiva.data.statistics import GeneStatistics
 from scdiva.errors import ConfigError, OutputError, SourceError
 from scdiva.genes import GeneVocabulary
 from scdiva.models.prior import MixturePrior, Population
-from scdiva.models.scdiffusion import LatentSampler, ScDiffusion
+from scdiva.models.scdiffusion import PRESETS, LatentSampler, ScDiffusion
 from scdiva.models.scdiffusion.autoencoder import Autoencoder, SparseCells, calibrate_dispersions
-from scdiva.models.scdiffusion.classifiers import LatentClassifier
 from scdiva.models.scdiffusion.model import Networks, build_networks
 from scdiva.models.scdiffusion.objectives import (
     AutoencoderObjective,
@@ -41,6 +40,8 @@ from scdiva.models.scdiffusion.objectives import (
     DenoiserObjective,
     LatentTable,
 )
+from scdiva.models.scdiffusion.published import AnyAutoencoder, AnyClassifier, PublishedAutoencoderObjective
+from scdiva.models.scdiffusion.scimilarity import load_scimilarity
 from scdiva.serialization import log1p_cp10k
 from scdiva.tasks.generate import named_as
 from scdiva.tasks.scdiva_latent import fit_codec_head, open_codec, open_with_codec, view_latents
@@ -101,6 +102,7 @@ def fit_scdiffusion(
     config: ScDiffusionConfig | None = None,
     settings: Sequence[str] = (),
     with_classifiers: bool = True,
+    scimilarity: str | Path | None = None,
     layer: str | None = None,
     min_cells: int = MIN_CELLS,
     name: str = "",
@@ -124,13 +126,16 @@ def fit_scdiffusion(
         this model's z, over the genes that it knows and the data measure. It is not changed, and a copy goes into the
         bundle.
     config
-        Sizes; ``fields``, ``classified`` and ``codec`` are set here, and with a codec ``n_latent``.
+        Networks and their sizes, such as ``PRESETS["parity"]`` of :mod:`scdiva.models.scdiffusion`; ``fields``,
+        ``classified`` and ``codec`` are set here, and with a codec ``n_latent``.
     settings
         What is to differ from :func:`loop_config`, such as ``"denoiser.training.max_steps=2000"``: a part
         ("autoencoder", "denoiser" or "classifier"), then a key of its loop.
     with_classifiers
         Whether each condition gets a classifier for classifier guidance; they can be added later
-        (:func:`add_classifier`).
+        (:func:`add_classifier`). The published denoiser knows of no conditions: there they are needed.
+    scimilarity
+        Folder of a SCimilarity model at whose weights the published autoencoder starts.
     layer
         Where the counts are; found if left out.
     min_cells
@@ -151,7 +156,10 @@ def fit_scdiffusion(
     KeyNotFoundError
         There is no such column, or no cell has a label.
     ConfigError
-        A label of too few cells; names all of them. The same condition twice, or a setting that does not exist.
+        A label of too few cells; names all of them. The same condition twice, or a setting that does not exist; or
+        what the published or the native networks cannot do.
+    BundleError
+        ``scimilarity`` cannot be used.
     OutputError, TrainingError, NonFiniteLossError
         See :func:`scdiva.training.fit`.
     BundleError, UnsupportedError, UntrainedHeadError
@@ -159,24 +167,21 @@ def fit_scdiffusion(
     """
     _refuse_foreign_bundle(out_dir)
     by_part = _settings_by_part(settings)
+    config = config or ScDiffusionConfig()
+    is_published = config.architecture == "published"
+    _refuse_impossible(is_published, bool(conditions) and not with_classifiers, scimilarity, codec, by_part)
     whole = part_of_whole = None
     if codec is None:
         reader, labels = _opened(data, conditions, layer, min_cells)
     else:
-        if "autoencoder" in by_part:
-            raise ConfigError(
-                "settings of the autoencoder with a codec, in whose place none is trained",
-                expected="settings of denoiser or classifier",
-                fix="leave them out",
-            )
         whole = open_codec(codec)
         reader, part_of_whole = open_with_codec(data, whole, layer)
         labels = _labels_of(reader, conditions, min_cells)
         reader = reader.with_conditions(labels)
     cells = _trainable(reader)
-    sizes = (config or ScDiffusionConfig()).model_copy(
+    sizes = config.model_copy(
         update={
-            "fields": tuple(labels.fields),
+            "fields": () if is_published else tuple(labels.fields),
             "classified": tuple(labels.fields) if with_classifiers else (),
             **({} if whole is None else {"codec": "scdiva", "n_latent": whole.n_latent}),
         }
@@ -187,28 +192,46 @@ def fit_scdiffusion(
     trained = cells.take(train)
     statistics = GeneStatistics.from_cells(trained)
     networks = build_networks(cells.n_genes, sizes, labels, seed=seed)
+    start, start_from = None, ""
+    if part_of_whole is not None:
+        start_from = part_of_whole.weights_hash()
+    elif isinstance(networks.autoencoder, Autoencoder):
+        mean_value = np.bincount(trained.counts.indices, weights=log1p_cp10k(trained), minlength=cells.n_genes)
+        networks.autoencoder.start_at(statistics.log_mean_profile(), mean_value / trained.n_cells)
+    elif scimilarity is None:
+        start_from = "random weights"
+    else:
+        start = load_scimilarity(networks.autoencoder, reader.alignment.vocabulary, scimilarity)
+        start_from = start.content_hash
     networks.set_depths(_depth(trained))
     source = reader.source.name
     folder = nullcontext(str(out_dir)) if out_dir is not None else tempfile.TemporaryDirectory(prefix="scdiva-")
     fits: dict[str, FitResult] = {}
     # a caller's inference mode would take the gradients away
     with torch.inference_mode(False), folder as out:
-        start_from = "" if part_of_whole is None else part_of_whole.weights_hash()
         run = _Run(cells, train, heldout, source, Path(out), by_part, seed, device, progress, start_from)
-        if part_of_whole is None:
-            mean_value = np.bincount(trained.counts.indices, weights=log1p_cp10k(trained), minlength=cells.n_genes)
-            networks.autoencoder.start_at(statistics.log_mean_profile(), mean_value / trained.n_cells)
+        if part_of_whole is not None:
+            views = view_latents(part_of_whole, trained, seed)
+            fit_codec_head(networks.codec_head, part_of_whole, trained, views, seed)
+        elif isinstance(networks.autoencoder, Autoencoder):
             fits["autoencoder"] = run.fit("autoencoder", AutoencoderObjective(networks.autoencoder), sizes)
             calibrate_dispersions(networks.autoencoder, _some_blocks(trained, seed))
             networks.autoencoder.standardise_by(_raw_latents(networks.autoencoder, trained))
         else:
-            views = view_latents(part_of_whole, trained, seed)
-            fit_codec_head(networks.codec_head, part_of_whole, trained, views, seed)
+            fits["autoencoder"] = run.fit("autoencoder", PublishedAutoencoderObjective(networks.autoencoder), sizes)
         table = _table(networks, part_of_whole, cells, seed)
-        fits["denoiser"] = run.fit("denoiser", DenoiserObjective(networks.denoiser, table, sizes.n_times), sizes)
+        denoising = DenoiserObjective(
+            networks.denoiser,
+            table,
+            sizes.n_times,
+            schedule=sizes.schedule,
+            prediction=sizes.prediction,
+            is_weighted=not is_published,
+        )
+        fits["denoiser"] = run.fit("denoiser", denoising, sizes)
         for i, field in enumerate(sizes.classified):
             classifier = networks.classifiers[i]
-            assert isinstance(classifier, LatentClassifier)
+            assert isinstance(classifier, AnyClassifier)
             fits[f"classifier-{field}"] = _fit_classifier(run, classifier, table, labels, field, sizes)
     metrics = {
         f"heldout_{part}_loss": float(fit.best_value) for part, fit in fits.items() if fit.best_value is not None
@@ -226,6 +249,7 @@ def fit_scdiffusion(
         **({} if whole is None else {"codec": {**whole.model.provenance, "weights_hash": whole.weights_hash()}}),
         "training": _record(reader, trained, heldout.size, fits, seed),
         "metrics": metrics,
+        **({"scimilarity": start.to_dict()} if start is not None else {}),
     }
     population = _population(table.z[train], trained, seed, part_of_whole)
     model = ScDiffusion(
@@ -244,6 +268,45 @@ def fit_scdiffusion(
         model.save_pretrained(path, overwrite=True)
         model = ScDiffusion.from_pretrained(path, device="cpu")
     return FittedScDiffusion(model.to("cpu"), path, metrics, {part: 60 * fit.minutes for part, fit in fits.items()})
+
+
+def _refuse_impossible(
+    is_published: bool,
+    is_unguided: bool,
+    scimilarity: str | Path | None,
+    codec: object,
+    settings: Mapping[str, Sequence[str]],
+) -> None:
+    """Refuse what does not go together, before anything is read."""
+    problems = [
+        (
+            is_published and is_unguided,
+            "conditions without classifiers, of the published networks",
+            "classifiers: the published denoiser is unconditional, and guided by them alone",
+            "leave --no-classifiers out",
+        ),
+        (
+            scimilarity is not None and not is_published,
+            "SCimilarity weights for the native autoencoder",
+            "the published one, which has SCimilarity's layers",
+            "add --preset parity, or leave --scimilarity out",
+        ),
+        (
+            codec is not None and is_published,
+            "a codec with the published networks",
+            "the native denoiser: the published one is made for z of its own autoencoder",
+            "leave --preset parity or --codec out",
+        ),
+        (
+            codec is not None and "autoencoder" in settings,
+            "settings of the autoencoder with a codec, in whose place none is trained",
+            "settings of denoiser or classifier",
+            "leave them out",
+        ),
+    ]
+    for is_wrong, found, expected, fix in problems:
+        if is_wrong:
+            raise ConfigError(found, expected=expected, fix=fix)
 
 
 def add_classifier(
@@ -305,6 +368,8 @@ def add_classifier(
     networks = build_networks(model.vocabulary.n_genes, sizes, labels, seed=seed)
     old = {name: tensor.cpu() for name, tensor in model.networks.state_dict().items()}
     networks.load_state_dict({**networks.state_dict(), **old}, strict=True)
+    # it is not trained, and batch norms must not see other cells
+    networks.autoencoder.eval()
     train, heldout = hold_out(
         np.zeros(cells.n_cells, dtype=str), _HELDOUT_SHARE, np.random.default_rng([seed, _SPLIT_STREAM])
     )
@@ -315,7 +380,7 @@ def add_classifier(
         run = _Run(cells, train, heldout, source.name, Path(out), by_part, seed, device, progress, model.weights_hash())
         table = _table(networks, model.codec, cells, seed)
         classifier = networks.classifiers[len(sizes.classified) - 1]
-        assert isinstance(classifier, LatentClassifier)
+        assert isinstance(classifier, AnyClassifier)
         fit = _fit_classifier(run, classifier, table, labels, field, sizes)
     metrics = dict(model.details.get("metrics", {}))
     if fit.best_value is not None:
@@ -349,6 +414,7 @@ def scdiffusion_generator(
     *,
     sampler: LatentSampler | None = None,
     settings: Sequence[str] = (),
+    preset: str = "native",
     folder: Path | None = None,
 ) -> Callable[[AnnData, Mapping[str, int], int], AnnData]:
     """Return what evaluations call: fit a model to training cells, then generate cells of each label.
@@ -361,6 +427,8 @@ def scdiffusion_generator(
         How z is drawn.
     settings
         As for :func:`fit_scdiffusion`.
+    preset
+        Name among the ``PRESETS`` of :mod:`scdiva.models.scdiffusion`.
     folder
         Where the models go, one folder per seed; an interrupted training resumes from there. None: they are not kept.
     """
@@ -370,13 +438,17 @@ def scdiffusion_generator(
 
         from scdiva.tasks.latent_generation import generate_latent, plan_latent_cells
 
-        out = None if folder is None else folder / f"scdiffusion-seed-{seed}"
+        config = PRESETS[preset]
+        family = "scdiffusion" if preset == "native" else f"scdiffusion_{preset}"
+        out = None if folder is None else folder / f"{family}-seed-{seed}"
         model = fit_scdiffusion(
             train,
             [labels_key],
             out,
+            config=config,
             settings=settings,
-            with_classifiers=False,
+            # ours is told the label; the published denoiser has to be guided to it
+            with_classifiers=config.architecture == "published",
             min_cells=1,
             seed=seed,
             device="cpu",
@@ -389,10 +461,19 @@ def scdiffusion_generator(
     return fit_and_generate
 
 
+def scdiffusion_parity_generator(
+    labels_key: str, **options: Any
+) -> Callable[[AnnData, Mapping[str, int], int], AnnData]:
+    """Return what evaluations call, with the published networks; see :func:`scdiffusion_generator`."""
+    return scdiffusion_generator(labels_key, preset="parity", **options)
+
+
 _HELDOUT_SHARE = 0.1
 
 
-def loop_config(part: str, n_cells: int, *, seed: int = 0, device: str = "auto") -> LoopConfig:
+def loop_config(
+    part: str, n_cells: int, *, architecture: str = "latent-diffusion", seed: int = 0, device: str = "auto"
+) -> LoopConfig:
     """Return the settings of the training loop of one part for so many cells.
 
     Chosen on two sets of 2,600 and 3,500 cells (docs/scdiffusion.md). Every part stops when its held-out loss no longer
@@ -404,9 +485,15 @@ def loop_config(part: str, n_cells: int, *, seed: int = 0, device: str = "auto")
         "autoencoder", "denoiser" or "classifier".
     n_cells
         Cells that are trained on.
+    architecture
+        "latent-diffusion", or "published": optimisers, rates and averages as published (methods C.1), but steps for a
+        laptop; published are 150,000 of the autoencoder, 600,000 of the denoiser and 200,000 of a classifier. With its
+        fewer steps the denoiser has ten times the published rate (our decision).
     seed, device
         Go into the settings.
     """
+    if architecture == "published":
+        return _published_loop(part, n_cells, seed=seed, device=device)
     steps, batch, lr, ema, every, patience = {
         "autoencoder": (4000, 128, 1e-3, 0.99, 50, 5),
         "denoiser": (6000, 256, 1e-3, 0.995, 250, 5),
@@ -429,6 +516,29 @@ def loop_config(part: str, n_cells: int, *, seed: int = 0, device: str = "auto")
             },
         }
     )
+
+
+def _published_loop(part: str, n_cells: int, *, seed: int, device: str) -> LoopConfig:
+    steps, lr, decay, schedule, ema, every = {
+        "autoencoder": (600, 5e-4, 0.01, "constant", 0.0, 50),
+        # published is 1e-4, at which these steps learn no more of z than its variance
+        "denoiser": (6000, 1e-3, 1e-4, "linear", 0.9999, 250),
+        "classifier": (2000, 3e-4, 0.0, "constant", 0.0, 100),
+    }[part]
+    return LoopConfig.model_validate(
+        {
+            "seed": seed,
+            "data": {"heldout_fraction": _HELDOUT_SHARE, "block_size": 1},
+            "optim": {
+                "lr": lr, "weight_decay": decay, "betas": (0.9, 0.999), "schedule": schedule, "final_lr_ratio": 0.0,
+                "warmup_steps": 0, "clip_norm": 0.0, "ema_decay": ema,
+            },
+            "training": {
+                "max_steps": steps, "batch_size": int(np.clip(n_cells // 4, 8, 128)), "validate_every": every,
+                "checkpoint_every": 500, "log_every": 50, "device": device,
+            },
+        }
+    )  # fmt: skip
 
 
 def _settings_by_part(settings: Sequence[str]) -> dict[str, list[str]]:
@@ -479,7 +589,9 @@ class _Run:
 
         train = self.train if train is None else train
         heldout = self.heldout if heldout is None else heldout
-        usual = loop_config(kind or part, train.size, seed=self.seed, device=self.device)
+        usual = loop_config(
+            kind or part, train.size, architecture=sizes.architecture, seed=self.seed, device=self.device
+        )
         loop = apply_overrides(usual, self.settings.get(kind or part, ()))
         began = time.monotonic()
         result = fit(
@@ -502,7 +614,7 @@ class _Run:
 
 def _fit_classifier(
     run: _Run,
-    classifier: LatentClassifier,
+    classifier: AnyClassifier,
     table: LatentTable,
     labels: ConditionLabels,
     field: str,
@@ -513,7 +625,17 @@ def _fit_classifier(
     n_cells = np.bincount(code[code > 0] - 1, minlength=len(labels.labels(field)))
     # every label weighs alike, and the mean weight of a cell is 1
     weight = (n_cells.sum() / np.maximum(n_cells, 1) / n_cells.size).astype(np.float32)
-    objective = ClassifierObjective(classifier, table, column, sizes.n_times, weight)
+    if sizes.architecture == "published":
+        weight = np.ones_like(weight)
+    objective = ClassifierObjective(
+        classifier,
+        table,
+        column,
+        sizes.n_times,
+        weight,
+        schedule=sizes.schedule,
+        guided_times=sizes.guided_times,
+    )
     return run.fit(
         f"classifier-{_folder_name(field)}",
         objective,
@@ -606,7 +728,7 @@ def _raw_latents(autoencoder: Autoencoder, cells: CellCounts) -> NDArray[np.floa
     return _in_blocks(cells, autoencoder.raw_latent)
 
 
-def _latents(autoencoder: Autoencoder, cells: CellCounts) -> NDArray[np.float32]:
+def _latents(autoencoder: AnyAutoencoder, cells: CellCounts) -> NDArray[np.float32]:
     return _in_blocks(cells, autoencoder.encode)
 
 

@@ -187,14 +187,16 @@ class TrainingModule(pl.LightningModule):
 def learning_rate_factor(step: int, *, config: OptimConfig, max_steps: int) -> float:
     """Return the share of ``config.lr`` that the update after ``step`` finished steps uses.
 
-    Linear warm-up, then constant, or a cosine from 1 to ``final_lr_ratio`` (Loshchilov and Hutter, arXiv:1608.03983).
+    Linear warm-up, then constant, or a line or a cosine (Loshchilov and Hutter, arXiv:1608.03983) from 1 to
+    ``final_lr_ratio``.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return 1.0
     progress = min(1.0, (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps))
-    return config.final_lr_ratio + (1.0 - config.final_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    left = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.final_lr_ratio + (1.0 - config.final_lr_ratio) * left
 
 
 def parameter_groups(

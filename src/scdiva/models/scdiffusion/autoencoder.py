@@ -151,6 +151,10 @@ class Autoencoder(nn.Module):
         """Return log shares of the genes, ``(B, G)`` float32, of standardised z."""
         return self.log_share_of_raw(z_BZ * self.latent_std_Z + self.latent_mean_Z)
 
+    def share(self, z_BZ: torch.Tensor) -> torch.Tensor:
+        """Return shares of the genes, ``(B, G)`` float32, of standardised z."""
+        return self.log_share(z_BZ).exp()
+
     def gene_vectors(self) -> list[nn.Parameter]:
         """Parameters with one number per gene, which get a learning rate of their own."""
         last = self.decoder[-1]

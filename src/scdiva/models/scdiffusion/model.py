@@ -27,6 +27,14 @@ from scdiva.models.scdiffusion.autoencoder import Autoencoder, SparseCells
 from scdiva.models.scdiffusion.classifiers import LatentClassifier
 from scdiva.models.scdiffusion.codec import CodecHead
 from scdiva.models.scdiffusion.denoiser import Denoiser
+from scdiva.models.scdiffusion.published import (
+    AnyAutoencoder,
+    AnyClassifier,
+    AnyDenoiser,
+    PublishedAutoencoder,
+    PublishedClassifier,
+    PublishedDenoiser,
+)
 from scdiva.models.scdiffusion.sampling import Guide, LatentSampler, draw_latents
 from scdiva.types import CellCounts, LatentCodec
 
@@ -56,7 +64,8 @@ class Networks(nn.Module):
         Of log(1 + UMIs) of the training cells: what the denoiser is told of depth is standardised by them.
     """
 
-    autoencoder: Autoencoder
+    autoencoder: AnyAutoencoder
+    denoiser: AnyDenoiser
     codec_head: CodecHead
     log_depth_mean: torch.Tensor
     log_depth_std: torch.Tensor
@@ -64,15 +73,22 @@ class Networks(nn.Module):
     def __init__(self, n_genes: int, config: ScDiffusionConfig, labels: ConditionLabels) -> None:
         super().__init__()
         self.n_genes = n_genes
-        # one of the two
-        if config.codec == "autoencoder":
-            self.autoencoder = Autoencoder(n_genes, config.n_latent, config.n_hidden)
-        else:
+        is_published = config.architecture == "published"
+        # an autoencoder, or what fits a codec to the genes
+        if config.codec == "scdiva":
             self.codec_head = CodecHead(n_genes, config.n_latent)
-        n_labels = [len(labels.labels(field)) for field in config.fields]
-        self.denoiser = Denoiser(config.n_latent, config.width, config.n_blocks, n_labels)
+        elif is_published:
+            self.autoencoder = PublishedAutoencoder(n_genes, config.n_latent, config.n_hidden)
+        else:
+            self.autoencoder = Autoencoder(n_genes, config.n_latent, config.n_hidden)
+        if is_published:
+            self.denoiser = PublishedDenoiser(config.n_latent, config.width)
+        else:
+            n_labels = [len(labels.labels(field)) for field in config.fields]
+            self.denoiser = Denoiser(config.n_latent, config.width, config.n_blocks, n_labels)
+        classifier = PublishedClassifier if is_published else LatentClassifier
         self.classifiers = nn.ModuleList(
-            LatentClassifier(config.n_latent, config.classifier_width, len(labels.labels(field)))
+            classifier(config.n_latent, config.classifier_width, len(labels.labels(field)))
             for field in config.classified
         )
         self.register_buffer("log_depth_mean", torch.zeros(()))
@@ -306,7 +322,9 @@ class ScDiffusion(PretrainedModel):
 
     @torch.inference_mode()
     def encode(self, cells: CellCounts) -> NDArray[np.float32]:
-        """Return z of cells, ``(n_cells, Z)`` float32: standardised, without randomness, each cell by itself.
+        """Return z of cells, ``(n_cells, Z)`` float32, without randomness, each cell by itself.
+
+        It is standardised; that of the published networks is on the unit sphere instead.
 
         Parameters
         ----------
@@ -325,10 +343,13 @@ class ScDiffusion(PretrainedModel):
     def decode(self, z: NDArray[np.float32], depth: ArrayLike, rng: np.random.Generator) -> sp.csr_matrix:
         """Draw counts given z, from a negative binomial of every gene.
 
+        The published decoder states continuous log1p(CP10K) and no distribution of counts: with the published networks
+        each gene's count is a Poisson draw at its share of the CP10K stated (our decision).
+
         Parameters
         ----------
         z
-            ``(n, Z)`` standardised.
+            ``(n, Z)`` as of :meth:`encode`.
         depth
             Expected UMIs of each cell over the model's genes, one number or ``(n,)``.
         rng
@@ -340,13 +361,16 @@ class ScDiffusion(PretrainedModel):
             ``(n, n_genes)`` int32.
         """
         genes = self.networks.autoencoder if self.codec is None else self.networks.codec_head
-        theta = np.exp(genes.log_theta_G.detach().cpu().numpy().astype(np.float64))
+        theta = None
+        if isinstance(genes, Autoencoder | CodecHead):
+            theta = np.exp(genes.log_theta_G.detach().cpu().numpy().astype(np.float64))
         wanted = np.broadcast_to(np.asarray(depth, dtype=np.float64), (z.shape[0],))
         parts = [sp.csr_matrix(np.zeros((0, self.vocabulary.n_genes), dtype=np.int32))]
         for rows in _blocks(z.shape[0]):
-            mean = self.expected_share(z[rows]).astype(np.float64) * wanted[rows, None]
-            # a Poisson count whose rate is a gamma variable is a negative binomial
-            rate = rng.standard_gamma(np.broadcast_to(theta, mean.shape)) * (mean / theta)
+            rate = self.expected_share(z[rows]).astype(np.float64) * wanted[rows, None]
+            if theta is not None:
+                # a Poisson count whose rate is a gamma variable is a negative binomial
+                rate = rng.standard_gamma(np.broadcast_to(theta, rate.shape)) * (rate / theta)
             parts.append(sp.csr_matrix(rng.poisson(rate).astype(np.int32)))
         return sp.csr_matrix(sp.vstack(parts, format="csr"))
 
@@ -354,16 +378,24 @@ class ScDiffusion(PretrainedModel):
     def expected_share(self, z: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the expected share of each gene among a cell's UMIs, ``(n, n_genes)`` float32; rows sum to 1.
 
+        With the published networks these are the continuous values of the decoder, without the draw of counts (for
+        log1p(CP10K): ``np.log1p(1e4 * share)``).
+
         Parameters
         ----------
         z
-            ``(n, Z)`` standardised.
+            ``(n, Z)`` as of :meth:`encode`.
         """
         if self.codec is not None:
             head = self.networks.codec_head
             return head.adjusted(self.codec.expected_share(head.codec_latent(z)))
         latent = torch.from_numpy(np.ascontiguousarray(z, dtype=np.float32)).to(self.device)
-        return np.asarray(self.networks.autoencoder.log_share(latent).exp().cpu())
+        return np.asarray(self.networks.autoencoder.share(latent).cpu())
+
+    @property
+    def default_sampler(self) -> LatentSampler:
+        """How z is drawn if nothing is said: DPM-Solver++; DDPM with all steps where betas are linear, as published."""
+        return LatentSampler("ddpm" if self.config.schedule == "linear" else "dpm")
 
     def sample(
         self, condition: NDArray[np.integer], sizes: NDArray[np.integer], rng: np.random.Generator
@@ -400,7 +432,7 @@ class ScDiffusion(PretrainedModel):
         start: NDArray[np.float32] | None = None,
         start_time: float = 1.0,
     ) -> NDArray[np.float32]:
-        """Draw standardised z of cells of given conditions.
+        """Draw z of cells of given conditions.
 
         Parameters
         ----------
@@ -411,12 +443,12 @@ class ScDiffusion(PretrainedModel):
         generator
             Source of randomness, of the CPU.
         sampler
-            How.
+            How; :attr:`default_sampler` if left out.
         weight
             Classifier-free guidance weight of fields of the denoiser; 1 is plain conditioning.
         guidance
-            Scale of classifier guidance towards the wanted label, by field. A field that only a classifier knows gets 1
-            if it is left out, other fields 0.
+            Scale of classifier guidance towards the wanted label, by field. A field that only a classifier knows gets
+            ``config.guidance`` (1; 2 as published) if it is left out, other fields 0.
         pull
             Weights of all labels of a field, ``(n, n_labels)`` or ``(n_labels,)``, in the place of ``guidance``: two
             labels with weights interpolate between them.
@@ -435,7 +467,7 @@ class ScDiffusion(PretrainedModel):
         ConfigError
             Impossible numbers, a weight for a field the denoiser does not take, or guidance without a classifier.
         """
-        sampler = sampler or LatentSampler()
+        sampler = sampler or self.default_sampler
         sampler.check(self.config.n_times)
         if not 0 < start_time <= 1:
             raise ConfigError(f"start_time={start_time}", expected="above 0, at most 1", fix="0.8 is usual")
@@ -445,7 +477,7 @@ class ScDiffusion(PretrainedModel):
         scale = self._guidance(guidance or {}, pull or {})
         guides = []
         for field, classifier in zip(self.config.classified, self.networks.classifiers, strict=True):
-            assert isinstance(classifier, LatentClassifier)
+            assert isinstance(classifier, AnyClassifier)
             weights = np.zeros((n, len(self.labels.labels(field))), dtype=np.float32)
             if pull and field in pull:
                 weights[:] = pull[field]
@@ -453,7 +485,7 @@ class ScDiffusion(PretrainedModel):
                 wanted = np.flatnonzero(condition[:, column[field]] > 0)
                 weights[wanted, condition[wanted, column[field]] - 1] = scale[field]
             if weights.any():
-                guides.append(Guide(classifier, torch.from_numpy(weights).to(self.device)))
+                guides.append(Guide(classifier, torch.from_numpy(weights).to(self.device), self.config.guided_times))
         depths = self.networks.told_depth(np.broadcast_to(np.asarray(depth, dtype=np.float64), (n,)))
         z = draw_latents(
             self.networks.denoiser,
@@ -463,6 +495,8 @@ class ScDiffusion(PretrainedModel):
             n_times=self.config.n_times,
             generator=generator,
             sampler=sampler,
+            schedule=self.config.schedule,
+            prediction=self.config.prediction,
             weight_F=self._weights(weight or {}),
             guides=guides,
             start_BZ=None if start is None else torch.from_numpy(np.asarray(start, dtype=np.float32)).to(self.device),
@@ -504,7 +538,9 @@ class ScDiffusion(PretrainedModel):
         for field, value in guidance.items():
             if not np.isfinite(value) or value < 0:
                 raise ConfigError(f"classifier guidance {value} of {field}", expected="0 or more", fix="1 is plain")
-        only_classified = {field: 1.0 for field in self.config.classified if field not in self.config.fields}
+        only_classified = {
+            field: self.config.guidance for field in self.config.classified if field not in self.config.fields
+        }
         scale = {**only_classified, **{field: float(value) for field, value in guidance.items()}}
         return {field: value for field, value in scale.items() if field not in pull}
 

@@ -15,9 +15,8 @@ from torch.nn import functional as F  # noqa: N812 - torch's own convention
 
 from scdiva.data.thinning import split_counts
 from scdiva.models.scdiffusion.autoencoder import Autoencoder, SparseCells, negative_binomial_nll
-from scdiva.models.scdiffusion.classifiers import LatentClassifier
-from scdiva.models.scdiffusion.denoiser import Denoiser
-from scdiva.models.scdiffusion.schedule import cosine_alpha_bar, noised, spread_times, velocity
+from scdiva.models.scdiffusion.published import AnyClassifier, AnyDenoiser
+from scdiva.models.scdiffusion.schedule import Prediction, Schedule, alpha_bar, noised, spread_times, velocity
 from scdiva.types import CellCounts, LossOutput
 
 MIN_SNR_GAMMA = 5.0
@@ -115,17 +114,39 @@ class LatentTable:
 
 
 class DenoiserObjective(nn.Module):
-    """Squared error of the velocity, weighted by ``min(SNR, 5) / (SNR + 1)``, with fields left out at random.
+    """Squared error of velocity or noise, with fields left out at random.
 
-    Source: methods C.4. Depth is left out (0) as often as a field.
+    Times weigh as ``min(SNR, 5)`` does in the error of z: ``min(SNR, 5) / (SNR + 1)`` for the velocity, ``min(SNR, 5) /
+    SNR`` for the noise (methods C.4); unweighted as published (methods C.1). Depth is left out (0) as often as a field.
+
+    Parameters
+    ----------
+    denoiser
+        What is trained.
+    table
+        z of all cells.
+    n_times, schedule, prediction
+        The process, and what is predicted.
+    is_weighted
+        Whether times weigh differently.
     """
 
     alpha_bar_T: torch.Tensor
 
-    def __init__(self, denoiser: Denoiser, table: LatentTable, n_times: int) -> None:
+    def __init__(
+        self,
+        denoiser: AnyDenoiser,
+        table: LatentTable,
+        n_times: int,
+        *,
+        schedule: Schedule = "cosine",
+        prediction: Prediction = "v",
+        is_weighted: bool = True,
+    ) -> None:
         super().__init__()
         self.denoiser, self.table = denoiser, table
-        self.register_buffer("alpha_bar_T", cosine_alpha_bar(n_times))
+        self.prediction, self.is_weighted = prediction, is_weighted
+        self.register_buffer("alpha_bar_T", alpha_bar(schedule, n_times))
 
     def prepare(self, cells: CellCounts, rng: np.random.Generator) -> LatentCells:
         """Look up z."""
@@ -147,16 +168,22 @@ class DenoiserObjective(nn.Module):
             depth_B = depth_B.masked_fill(is_out[:, n_fields], 0.0)
         alpha_bar_B = self.alpha_bar_T[t_B]
         found_BZ = self.denoiser(noised(z_BZ, noise_BZ, alpha_bar_B), t_B, depth_B, condition_BF).float()
-        squared_B = (found_BZ - velocity(z_BZ, noise_BZ, alpha_bar_B)).square().mean(dim=1)
-        snr_B = alpha_bar_B / (1.0 - alpha_bar_B)
-        loss = (snr_B.clamp(max=MIN_SNR_GAMMA) / (snr_B + 1.0) * squared_B).mean()
-        return LossOutput(loss, {"velocity_mse": squared_B.mean().detach()}, n_cells=n_cells)
+        is_v = self.prediction == "v"
+        target_BZ = velocity(z_BZ, noise_BZ, alpha_bar_B) if is_v else noise_BZ
+        squared_B = (found_BZ - target_BZ).square().mean(dim=1)
+        weight_B = torch.ones_like(squared_B)
+        if self.is_weighted:
+            snr_B = alpha_bar_B / (1.0 - alpha_bar_B)
+            weight_B = snr_B.clamp(max=MIN_SNR_GAMMA) / (snr_B + 1.0 if is_v else snr_B)
+        terms = {"velocity_mse" if is_v else "noise_mse": squared_B.mean().detach()}
+        return LossOutput((weight_B * squared_B).mean(), terms, n_cells=n_cells)
 
 
 class ClassifierObjective(nn.Module):
     """Cross-entropy of a field's label given noised z, at all noise levels; cells without a label do not count.
 
-    Labels weigh alike whatever their numbers of cells: a guide that knows a rare type only as improbable guides badly.
+    Ours lets labels weigh alike whatever their numbers of cells: a guide that knows a rare type only as improbable
+    guides badly.
 
     Parameters
     ----------
@@ -166,21 +193,31 @@ class ClassifierObjective(nn.Module):
         z of all cells.
     field
         Position of the field among the condition codes.
-    n_times
-        T.
+    n_times, schedule
+        The process.
     weight_C
         ``(C,)`` weight of each class.
+    guided_times
+        Only times below this one are trained on; None: all.
     """
 
     alpha_bar_T: torch.Tensor
     weight_C: torch.Tensor
 
     def __init__(
-        self, classifier: LatentClassifier, table: LatentTable, field: int, n_times: int, weight_C: NDArray[np.float32]
+        self,
+        classifier: AnyClassifier,
+        table: LatentTable,
+        field: int,
+        n_times: int,
+        weight_C: NDArray[np.float32],
+        *,
+        schedule: Schedule = "cosine",
+        guided_times: int | None = None,
     ) -> None:
         super().__init__()
         self.classifier, self.table, self.field = classifier, table, field
-        self.register_buffer("alpha_bar_T", cosine_alpha_bar(n_times))
+        self.register_buffer("alpha_bar_T", alpha_bar(schedule, n_times)[:guided_times].clone())
         self.register_buffer("weight_C", torch.from_numpy(weight_C))
 
     def prepare(self, cells: CellCounts, rng: np.random.Generator) -> LatentCells:

@@ -12,9 +12,8 @@ from typing import Any, Literal
 import torch
 
 from scdiva.errors import ConfigError
-from scdiva.models.scdiffusion.classifiers import LatentClassifier
-from scdiva.models.scdiffusion.denoiser import Denoiser
-from scdiva.models.scdiffusion.schedule import cosine_alpha_bar, noised
+from scdiva.models.scdiffusion.published import AnyClassifier, AnyDenoiser
+from scdiva.models.scdiffusion.schedule import Prediction, Schedule, alpha_bar, linear_betas, noised
 
 Method = Literal["dpm", "ddim", "ddpm"]
 DEFAULT_STEPS: dict[str, int] = {"dpm": 25, "ddim": 50, "ddpm": 1000}
@@ -31,7 +30,7 @@ class LatentSampler:
     ----------
     method
         "dpm": DPM-Solver++ of second order, "ddim", or "ddpm" (ancestral). The schedulers are those of ``diffusers``,
-        with the process the model was trained on, velocity prediction, trailing time steps and no clipping.
+        with the process the model was trained on, what its denoiser predicts, trailing time steps and no clipping.
     n_steps
         Calls of the denoiser; None: 25, 50 and all (1,000).
     eta
@@ -80,14 +79,22 @@ class Guide:
     weight_BC
         ``(B, C)`` weight of each class's log-probability for each cell; one class of weight s is classifier guidance of
         scale s, two classes are gradient interpolation between them.
+    below
+        It is asked at times below this one; None: at all.
     """
 
-    classifier: LatentClassifier
+    classifier: AnyClassifier
     weight_BC: torch.Tensor
+    below: int | None = None
 
 
-def scheduler_of(sampler: LatentSampler, n_times: int) -> Any:
-    """Return the ``diffusers`` scheduler of a sampler, with its time steps set."""
+def scheduler_of(
+    sampler: LatentSampler, n_times: int, *, schedule: Schedule = "cosine", prediction: Prediction = "v"
+) -> Any:
+    """Return the ``diffusers`` scheduler of a sampler, with its time steps set.
+
+    DDPM with all steps and linear betas draws with the fixed-large variance, as published (methods C.1).
+    """
     # deferred: diffusers takes seconds to load
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -96,15 +103,21 @@ def scheduler_of(sampler: LatentSampler, n_times: int) -> Any:
     common: dict[str, Any] = {
         "num_train_timesteps": n_times,
         "beta_schedule": "squaredcos_cap_v2",
-        "prediction_type": "v_prediction",
+        "prediction_type": "v_prediction" if prediction == "v" else "epsilon",
         "timestep_spacing": "trailing",
     }
+    if schedule == "linear":
+        first, last = linear_betas(n_times)
+        common |= {"beta_schedule": "linear", "beta_start": first, "beta_end": last}
     if sampler.method == "dpm":
         scheduler = DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++", solver_order=2)
     elif sampler.method == "ddim":
         scheduler = DDIMScheduler(**common, clip_sample=False)
     else:
-        scheduler = DDPMScheduler(**common, clip_sample=False)
+        # with fewer steps the large variance would be drawn in the last one, too, and stay
+        is_large = schedule == "linear" and sampler.steps(n_times) == n_times
+        variance = "fixed_large" if is_large else "fixed_small"
+        scheduler = DDPMScheduler(**common, clip_sample=False, variance_type=variance)
     scheduler.set_timesteps(sampler.steps(n_times))
     return scheduler
 
@@ -122,8 +135,8 @@ def start_index(timesteps: Sequence[int], start: float, n_times: int) -> int:
     return len(timesteps) - 1
 
 
-def guided_velocity(
-    denoiser: Denoiser,
+def guided_prediction(
+    denoiser: AnyDenoiser,
     z_BZ: torch.Tensor,
     t: int,
     alpha_bar: float,
@@ -131,13 +144,15 @@ def guided_velocity(
     condition_BF: torch.Tensor,
     weight_F: Sequence[float],
     guides: Sequence[Guide],
+    prediction: Prediction = "v",
 ) -> torch.Tensor:
-    """Predict the velocity, with classifier-free guidance and guidance by classifiers.
+    """Predict velocity or noise, with classifier-free guidance and guidance by classifiers.
 
     ``v = v(all fields) + sum_j (w_j - 1) (v(field j alone) - v(nothing))``: with all weights 1 plain conditioning, with
     one field the usual ``v_0 + w (v_c - v_0)`` (methods C.4; how several fields combine is our decision). A classifier
     moves the noise by ``- sqrt(1 - abar) grad log p``, which is the velocity moved by
-    ``- sqrt(1 - abar) / sqrt(abar) grad log p``.
+    ``- sqrt(1 - abar) / sqrt(abar) grad log p``. In a step of DDPM this moves the mean by ``beta / sqrt(1 - beta) grad
+    log p``; published is the variance times the gradient, which is ``beta grad log p``.
 
     Parameters
     ----------
@@ -151,6 +166,8 @@ def guided_velocity(
         Weight of each field of the denoiser.
     guides
         Classifiers.
+    prediction
+        What the denoiser predicts.
     """
     t_B = torch.full((z_BZ.shape[0],), t, dtype=torch.int64, device=z_BZ.device)
     v_BZ = denoiser(z_BZ, t_B, depth_B, condition_BF)
@@ -162,19 +179,20 @@ def guided_velocity(
             alone_BF = nothing_BF.clone()
             alone_BF[:, field] = condition_BF[:, field]
             v_BZ = v_BZ + (weight_F[field] - 1.0) * (denoiser(z_BZ, t_B, depth_B, alone_BF) - unconditional_BZ)
-    if guides and alpha_bar >= _GUIDED_FROM:
+    asked = [guide for guide in guides if guide.below is None or t < guide.below]
+    if asked and alpha_bar >= _GUIDED_FROM:
         with torch.enable_grad():
             at_BZ = z_BZ.detach().clone().requires_grad_(True)
             total = at_BZ.new_zeros(())
-            for guide in guides:
+            for guide in asked:
                 total = total + (guide.weight_BC * guide.classifier(at_BZ, t_B).log_softmax(dim=1)).sum()
             (gradient_BZ,) = torch.autograd.grad(total, at_BZ)
-        v_BZ = v_BZ - ((1.0 - alpha_bar) / alpha_bar) ** 0.5 * gradient_BZ
+        v_BZ = v_BZ - ((1.0 - alpha_bar) / (alpha_bar if prediction == "v" else 1.0)) ** 0.5 * gradient_BZ
     return v_BZ
 
 
 def draw_latents(
-    denoiser: Denoiser,
+    denoiser: AnyDenoiser,
     depth_B: torch.Tensor,
     condition_BF: torch.Tensor,
     *,
@@ -182,12 +200,14 @@ def draw_latents(
     n_times: int,
     generator: torch.Generator,
     sampler: LatentSampler,
+    schedule: Schedule = "cosine",
+    prediction: Prediction = "v",
     weight_F: Sequence[float] | None = None,
     guides: Sequence[Guide] = (),
     start_BZ: torch.Tensor | None = None,
     start: float = 1.0,
 ) -> torch.Tensor:
-    """Draw standardised z, ``(B, Z)`` float32.
+    """Draw z, ``(B, Z)`` float32, as the denoiser knows it.
 
     Parameters
     ----------
@@ -201,16 +221,18 @@ def draw_latents(
         Of the CPU, whatever the device: equal seeds give equal noise everywhere.
     sampler
         How.
+    schedule, prediction
+        The process, and what the denoiser predicts.
     weight_F, guides
-        See :func:`guided_velocity`.
+        See :func:`guided_prediction`.
     start_BZ
         z of cells to start from; None: noise.
     start
         How far these are noised, in (0, 1] of the process; the loop begins there.
     """
     device = depth_B.device
-    scheduler = scheduler_of(sampler, n_times)
-    alpha_bar_T = cosine_alpha_bar(n_times)
+    scheduler = scheduler_of(sampler, n_times, schedule=schedule, prediction=prediction)
+    alpha_bar_T = alpha_bar(schedule, n_times)
     timesteps = [int(t) for t in scheduler.timesteps]
     weights = list(weight_F) if weight_F is not None else [1.0] * condition_BF.shape[1]
     z_BZ = torch.randn((depth_B.numel(), n_latent), generator=generator).to(device)
@@ -227,6 +249,8 @@ def draw_latents(
             if hasattr(scheduler, "set_begin_index"):
                 scheduler.set_begin_index(begin)
         for t in timesteps[begin:]:
-            v_BZ = guided_velocity(denoiser, z_BZ, t, float(alpha_bar_T[t]), depth_B, condition_BF, weights, guides)
-            z_BZ = scheduler.step(v_BZ, t, z_BZ, **options).prev_sample
+            found_BZ = guided_prediction(
+                denoiser, z_BZ, t, float(alpha_bar_T[t]), depth_B, condition_BF, weights, guides, prediction
+            )
+            z_BZ = scheduler.step(found_BZ, t, z_BZ, **options).prev_sample
         return z_BZ

@@ -6,10 +6,15 @@ Shape letters: B cells, Z latent.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 
+Schedule = Literal["cosine", "linear"]
+Prediction = Literal["v", "epsilon"]
+
 _LARGEST_BETA = 0.999
+_LINEAR_BETAS = (1e-4, 0.02)
 
 
 def cosine_alpha_bar(n_times: int) -> torch.Tensor:
@@ -29,6 +34,19 @@ def cosine_alpha_bar(n_times: int) -> torch.Tensor:
 
     beta = [min(1 - level((i + 1) / n_times) / level(i / n_times), _LARGEST_BETA) for i in range(n_times)]
     return torch.cumprod(1.0 - torch.tensor(beta, dtype=torch.float32), dim=0)
+
+
+def linear_betas(n_times: int) -> tuple[float, float]:
+    """Return first and last beta of the published schedule: 1e-4 and 0.02, times 1,000 / T (methods C.1)."""
+    first, last = (beta * 1000 / n_times for beta in _LINEAR_BETAS)
+    return first, last
+
+
+def alpha_bar(schedule: Schedule, n_times: int) -> torch.Tensor:
+    """Return the share of variance that is signal at times 0 to T - 1, ``(T,)`` float32, of a schedule."""
+    if schedule == "cosine":
+        return cosine_alpha_bar(n_times)
+    return torch.cumprod(1.0 - torch.linspace(*linear_betas(n_times), n_times, dtype=torch.float32), dim=0)
 
 
 def noised(z_BZ: torch.Tensor, noise_BZ: torch.Tensor, alpha_bar_B: torch.Tensor) -> torch.Tensor:
