@@ -267,7 +267,7 @@ def path(
     shown = [along, 0 if along else 1]
     n_columns = max(len(paths), -(-len(keys) // (1 if len(keys) <= 4 else 2)))
     n_rows = -(-len(keys) // n_columns)
-    figure = Figure(figsize=(3.3 * n_columns, 3.4 + 2.4 * n_rows), dpi=100, layout="constrained")
+    figure = Figure(figsize=(3.3 * n_columns, 3.4 + 2.4 * n_rows), dpi=95, layout="constrained")
     FigureCanvasAgg(figure)
     parts: Any = figure.subfigures(2, 1, height_ratios=[3.4, 2.4 * n_rows])
     panels = np.atleast_1d(parts[0].subplots(1, len(paths), sharex=True, sharey=True))

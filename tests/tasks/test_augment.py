@@ -66,7 +66,8 @@ def test_generated_cells_fill_up_their_type_and_are_marked(augmented, cells):
     assert not record["fitted_here"]
 
 
-def test_generated_cells_are_of_their_type(augmented, cells):
+def test_generated_cells_are_of_their_type(model, cells):
+    augmented = sd.tl.augment(cells, "cell_type", target=100, model=model, weight=4.0)
     labels = cells.obs["cell_type"].astype(str).to_numpy()
     real, made = log_profiles(augmented[: cells.n_obs]), log_profiles(augmented[cells.n_obs :])
     centres = np.stack([real[labels == f"type {i}"].mean(axis=0) for i in range(3)])

@@ -10,8 +10,8 @@ import torch
 
 import scdiva as sd
 from scdiva.config import ScDiffusionConfig
-from scdiva.datasets import synthetic_cells
 from scdiva.data.reader import open_counts
+from scdiva.datasets import synthetic_cells
 from scdiva.errors import ConfigError, KeyNotFoundError, UnsupportedError
 from scdiva.models.scdiffusion import ScDiffusion
 from scdiva.models.scdiffusion.model import build_networks
@@ -58,7 +58,7 @@ class TestPaths:
     @pytest.mark.parametrize(
         "options",
         [
-            {"method": "gradient", "start_time": 0.9},
+            {"method": "gradient", "strength": 2.0},
             {"method": "gradient", "from_noise": True},
             {"method": "slerp"},
             {"method": "linear"},
@@ -112,7 +112,7 @@ class TestPaths:
 
     def test_weights_can_be_given(self, model, cells):
         plain = between(model, cells)
-        same = between(model, cells, weights=[(2 * (1 - p), 2 * p) for p in (0, 0.25, 0.5, 0.75, 1)])
+        same = between(model, cells, weights=[(4 * (1 - p), 4 * p) for p in (0, 0.25, 0.5, 0.75, 1)])
         assert (plain.X != same.X).nnz == 0
         stay = between(model, cells, weights=[(2, 0)] * 5)
         assert (called(stay, cells) == "type 0").mean() > 0.9

@@ -31,9 +31,9 @@ def interpolate(
     n_cells: Annotated[int, typer.Option("-n", "--n-cells", min=1, help="Paths: cells at each position.")] = 100,
     start_time: Annotated[
         float | None,
-        typer.Option("--start-time", help="How far cells are noised, up to 1; 0.8 for gradient, 0.5 for slerp."),
+        typer.Option("--start-time", help="How far cells are noised, up to 1; 0.9 for gradient, 0.5 for slerp."),
     ] = None,
-    strength: Annotated[float, typer.Option("--strength", help="gradient: sum of the two weights.")] = 2.0,
+    strength: Annotated[float, typer.Option("--strength", help="gradient: sum of the two weights.")] = 4.0,
     weights: Annotated[
         list[str] | None,
         typer.Option(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from scdiva.tasks.interpolate import InterpolationMethod
+from scdiva.tasks.interpolate import STRENGTH, InterpolationMethod
 from scdiva.tasks.interpolate import interpolate as _interpolate
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def interpolate(
     field: str | None = None,
     n_cells: int = 100,
     start_time: float | None = None,
-    strength: float = 2.0,
+    strength: float = STRENGTH,
     weights: Sequence[tuple[float, float]] | None = None,
     from_noise: bool = False,
     sampler: LatentSampler | None = None,
@@ -53,7 +53,7 @@ def interpolate(
     n_cells
         Paths: cells at each position.
     start_time
-        How far real cells are noised, in (0, 1]; None: 0.8 for "gradient", 0.5 for "slerp".
+        How far real cells are noised, in (0, 1]; None: 0.9 for "gradient", 0.5 for "slerp".
     strength
         gradient: sum of the weights of the two labels.
     weights
