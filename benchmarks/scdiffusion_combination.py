@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
+from page import write_page
 from sklearn.linear_model import LogisticRegression
 
 from scdiva.data.output import replacing
@@ -299,12 +300,9 @@ def main() -> None:
             + "\n"
         )
         print(text[-1], flush=True)
-    notes = Path(__file__).with_suffix(".txt")
-    said = notes.read_text(encoding="utf-8") if notes.exists() else ""
-    document = "# Combinations that no training cell had\n\n" + said + "\n" + "\n".join(text)
-    for suffix, content in ((".md", document), (".json", json.dumps(kept, indent=1) + "\n")):
-        with replacing(arguments.out.with_suffix(suffix)) as partial:
-            partial.write_text(content, encoding="utf-8")
+    write_page(arguments.out.with_suffix(".md"), "Combinations that no training cell had", "\n".join(text))
+    with replacing(arguments.out.with_suffix(".json")) as partial:
+        partial.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import anndata as ad
 import numpy as np
 import scipy.sparse as sp
 import torch
+from page import write_page
 from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
@@ -291,12 +292,14 @@ def main() -> None:
                 draw(way, judge, made, arguments.out.with_name(arguments.out.name + way.picture + ".png"))
         lines = [line(way, method, [found[method] for found in rows]) for method in METHODS]
         lines += [real_line(judges, end) for end in (way.source, way.target)]
-        text.append(f"## {way.name}\n\n{HEADER}\n" + "\n".join(lines) + "\n\n" + markers_table(way, judges, rows))
+        text.append(f"### {way.name}\n\n{HEADER}\n" + "\n".join(lines) + "\n\n" + markers_table(way, judges, rows))
         kept[way.name] = {"paths": rows, "real": [judge.real for judge in judges]}
         print(text[-1], flush=True)
-    for suffix, content in ((".md", document(text, arguments.seeds)), (".json", json.dumps(kept) + "\n")):
-        with replacing(arguments.out.with_name(arguments.out.name + "s" + suffix)) as partial:
-            partial.write_text(content, encoding="utf-8")
+    out = arguments.out.with_name(arguments.out.name + "s.md")
+    head = f"{arguments.seeds} seed{'s' if arguments.seeds > 1 else ''}, {N_PATHS} paths of {STEPS} positions each.\n\n"
+    write_page(out, "On the way from one label to another", "## Tables\n\n" + head + "\n".join(text))
+    with replacing(out.with_suffix(".json")) as partial:
+        partial.write_text(json.dumps(kept) + "\n", encoding="utf-8")
 
 
 def markers_table(way: Way, judges: list[Judge], rows: list[dict[str, Any]]) -> str:
@@ -328,12 +331,6 @@ def draw(way: Way, judge: Judge, made: dict[str, ad.AnnData], out: Path) -> None
         target=way.target,
         keys=("P(source)", "P(target)", *way.shown),
     )
-
-
-def document(parts: list[str], n_seeds: int) -> str:
-    notes = Path(__file__).with_suffix(".txt")
-    said = notes.read_text(encoding="utf-8") if notes.exists() else ""
-    return "# On the way from one label to another\n\n" + said + "\n" + "\n".join(parts)
 
 
 if __name__ == "__main__":
