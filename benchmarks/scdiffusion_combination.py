@@ -272,6 +272,7 @@ def main() -> None:
     parser.add_argument("--kang", type=Path)
     parser.add_argument("--models", type=Path, required=True, help="folder of the fitted models")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--combinations", type=int, nargs=2, default=[3, 3], help="how many of each set")
     parser.add_argument(
         "--weights", type=float, nargs="+", default=[1.0, 2.0], help="guidance weights of the second label"
     )
@@ -281,13 +282,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     sets = [(LINES, arguments.lines)] + ([(IFNB, arguments.kang)] if arguments.kang else [])
     text, kept = [], []
-    for question, path in sets:
+    for (question, path), n_combinations in zip(sets, arguments.combinations, strict=False):
+        combinations = question.combinations[:n_combinations]
         cells = ad.read_h5ad(path)
         found: dict[str, list[dict[str, Any]]] = {}
         itself: dict[str, list[str]] = {}
         print(f"\n{question.name}\n{HEADER}", flush=True)
         for seed in range(arguments.seeds):
-            for combination in question.combinations[: arguments.combinations]:
+            for combination in combinations:
                 holdout = Holdout(question, cells, combination, seed)
                 judge = Judge(holdout)
                 made: dict[str, sp.csr_matrix | None] = dict(holdout.baselines())
@@ -307,7 +309,7 @@ def main() -> None:
                     print(line(f"{judge.name}, {name}", rows, [judge.name] * len(rows)), flush=True)
         order = [name for name in found if name.startswith("scDiffusion")]
         order += [name for name in found if name not in order]
-        said = ", ".join(" + ".join(pair) for pair in question.combinations[: arguments.combinations])
+        said = ", ".join(" + ".join(pair) for pair in combinations)
         text.append(
             f"## {question.name}\n\nMeans over {said}, {arguments.seeds} seed{'s' if arguments.seeds > 1 else ''} and "
             f"{N_HALVES} halves of the real cells.\n\n{HEADER}\n"
