@@ -8,8 +8,8 @@ of the combination are generated and judged by its real ones. Beside it: the add
 first label + effect of the second in the other cells; multinomial and negative binomial draws), copies (real cells of
 the same first label under another second one, thinned to the depth), the null (real cells of other combinations) and
 the ceiling (the other half of the real cells); and the real cells encoded and decoded, which says what the autoencoder
-takes away. All of them take the UMIs of cells of the second label, because depth belongs to the technology. Rows are
-printed as they finish.
+takes away. UMIs are those of other cells of the technology, or of the same type without the treatment. Rows are printed
+as they finish.
 """
 
 from __future__ import annotations
@@ -47,17 +47,21 @@ class Question:
     name: str
     fields: tuple[str, str]
     combinations: tuple[tuple[str, str], ...]
+    depth_of: int
+    """Which of the two labels UMIs belong to: a technology has its depth, and a cell type has one."""
 
 
 LINES = Question(
     "lung cancer lines by technology",
     ("cell_type", "technology"),
     (("HCC827", "Drop-seq"), ("H1975", "Drop-seq"), ("H2228", "CEL-seq2")),
+    depth_of=1,
 )
 IFNB = Question(
     "blood cells by interferon beta",
     ("cell_type", "perturbation"),
     (("CD14 Mono", "IFNB"), ("CD4 Naive T", "IFNB"), ("B", "IFNB")),
+    depth_of=0,
 )
 
 
@@ -89,7 +93,8 @@ class Holdout:
         self.real = self.x[self.is_it]
         self.n = self.real.shape[0]
         self.rng = np.random.default_rng([seed, 1])
-        self.depth = row_sums(self.x)[self.rng.choice(self.of_second, self.n)]
+        self.alike = self.of_second if question.depth_of else self.same_first
+        self.depth = row_sums(self.x)[self.rng.choice(self.alike, self.n)]
 
     def share(self, rows: np.ndarray) -> np.ndarray:
         total = np.asarray(self.x[rows].sum(axis=0), dtype=float).ravel() + 0.1
@@ -175,7 +180,7 @@ class Fitted:
         holdout = self.holdout
         condition = dict(zip(holdout.question.fields, holdout.combination, strict=True))
         # UMIs over the model's genes, of the cells that `holdout.depth` was drawn from
-        others = holdout.x[holdout.of_second]
+        others = holdout.x[holdout.alike]
         known = row_sums(others[:, self.genes]).sum() / row_sums(others).sum()
         depth = np.maximum(np.rint(holdout.depth * known), 1).astype(int)
         # both weights together would pull to where the first label was seen: under the other second one
