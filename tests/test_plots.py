@@ -110,3 +110,48 @@ def test_steps_are_drawn_in_their_order(tmp_path, monkeypatch):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     np.testing.assert_allclose(drawn[0][:2], [[8, 32], [0.9, 0.75]])
     np.testing.assert_allclose(drawn[1][:2], [[8, 32], [80, 20]])
+
+
+class TestPath:
+    @pytest.fixture
+    def paths(self, adata):
+        """Cells that are copies of real ones, with positions."""
+        made = adata[:60, 3:].copy()
+        made.obs["scdiva_position"] = np.repeat([0.0, 0.5, 1.0], 20)
+        for cells in (made, adata):
+            cells.obs["score"] = np.linspace(0, 1, cells.n_obs)
+        return {"one": made, "other": made[::-1].copy()}
+
+    def test_means_by_position_are_drawn_for_every_method(self, adata, paths, tmp_path, monkeypatch):
+        drawn = []
+        original = __import__("matplotlib.axes", fromlist=["Axes"]).Axes.plot
+        monkeypatch.setattr(
+            "matplotlib.axes.Axes.plot", lambda self, *a, **k: (drawn.append(a), original(self, *a, **k))[1]
+        )
+        gene = adata.var_names[5]
+        sd.pl.path(
+            adata, paths, tmp_path / "a.png", color="cell_type", source="type 0", target="type 1", keys=("score", gene)
+        )
+        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+        assert len(drawn) == 4
+        score = np.linspace(0, 1, 60).reshape(3, 20).mean(axis=1)
+        np.testing.assert_allclose(drawn[0], [[0, 0.5, 1], score])
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"color": "donor"}, "donor"),
+            ({"source": "type 9"}, "type 9"),
+            ({"keys": ("score", "no gene")}, "no gene"),
+        ],
+    )
+    def test_what_is_missing_is_named(self, options, words, adata, paths, tmp_path):
+        wanted = {"color": "cell_type", "source": "type 0", "target": "type 1", "keys": ("score",), **options}
+        with pytest.raises(KeyNotFoundError, match=words):
+            sd.pl.path(adata, paths, tmp_path / "a.png", **wanted)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_cells_without_positions_are_refused(self, adata, paths, tmp_path):
+        with pytest.raises(KeyNotFoundError, match="scdiva_position"):
+            sd.pl.path(adata, {"one": adata}, tmp_path / "a.png", color="cell_type", source="type 0", target="type 1",
+                       keys=("score",))  # fmt: skip

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from scdiva.metrics.generation_space import LabelledCells
 
-__all__ = ["generation", "marker_dots", "steps", "umap"]
+__all__ = ["generation", "marker_dots", "path", "steps", "umap"]
 
 _MAX_TYPES_OF_DOTS = 12
 _SHARES = (0.1, 0.5, 1.0)
@@ -357,6 +357,130 @@ def _markers_of_types(cells: LabelledCells, types: Sequence[str], n_markers: int
         found[kind] = [gene for gene in order if gene not in taken][:n_markers]
         taken.update(found[kind])
     return found
+
+
+def path(
+    real: AnnData,
+    paths: Mapping[str, AnnData],
+    path: str | Path,
+    *,
+    color: str,
+    source: str,
+    target: str,
+    keys: Sequence[str],
+    seed: int = 0,
+) -> None:
+    """Draw cells on the way from one label to another: where they lie among real ones, and what changes along the way.
+
+    Above, for every method, real cells of the two ends in grey and blue-grey and the path's cells by position, in
+    principal components of the real cells (2,000 variable genes, log1p(CP10K)): of the first ten the one along which
+    the two ends differ most, and the first of the others. Below, the mean of every key by position (with the standard
+    error of the mean), and its level in real cells of both ends.
+
+    Parameters
+    ----------
+    real
+        Real cells, raw counts in X; those of other labels are not drawn.
+    paths
+        Name of the method to the cells of :func:`scdiva.tl.interpolate`; genes of ``real`` that they lack count as 0.
+    path
+        PNG to write.
+    color
+        Column of ``.obs`` of ``real`` with the labels.
+    source, target
+        Labels of the two ends.
+    keys
+        What to follow: numeric columns of ``.obs``, in all of them, or genes, as log1p(CP10K).
+    seed
+        Seed of PCA.
+
+    Raises
+    ------
+    KeyNotFoundError
+        Somebody lacks a column or a gene, or there is no real cell of an end.
+    """
+    import numpy as np
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from scdiva.data.output import replacing
+    from scdiva.metrics.generation_space import ReferenceSpace, log_cp10k
+
+    for name, cells, key in (("real cells", real, color), *((n, c, "scdiva_position") for n, c in paths.items())):
+        if key not in cells.obs:
+            raise KeyNotFoundError(
+                f"the {name} have no .obs[{key!r}]",
+                expected=f"one of {', '.join(map(str, cells.obs.columns)) or 'none'}",
+                fix="name the column of the labels, and give cells of sd.tl.interpolate",
+            )
+    labels = real.obs[color].astype(str).to_numpy()
+    ends = {end: labels == end for end in (source, target)}
+    for end, is_end in ends.items():
+        if not is_end.any():
+            raise KeyNotFoundError(
+                f"no real cell has {color} {end!r}", expected="real cells of both ends", fix="name another label"
+            )
+    counts = {name: _counts_over(cells, real.var_names) for name, cells in (("real", real), *paths.items())}
+    everything = {"real": real, **paths}
+
+    def followed(name: str, key: str) -> Any:
+        if key in everything[name].obs:
+            return everything[name].obs[key].to_numpy(dtype=float)
+        if key not in real.var_names:
+            raise KeyNotFoundError(
+                f"{key!r} is neither a column of .obs of {name} nor a gene",
+                expected="numeric columns or gene names",
+                fix="correct the name",
+            )
+        gene = int(np.flatnonzero(real.var_names == key)[0])
+        return np.asarray(log_cp10k(counts[name])[:, [gene]].todense()).ravel()
+
+    values = {key: {name: followed(name, key) for name in everything} for key in keys}
+    both = ends[source] | ends[target]
+    space = ReferenceSpace.fit(counts["real"][both], seed=seed, n_components=10)
+    points = {name: space.project(space.values(x)) for name, x in counts.items()}
+    apart = points["real"][ends[target]].mean(axis=0) - points["real"][ends[source]].mean(axis=0)
+    along = int(np.argmax(np.abs(apart) / points["real"][both].std(axis=0)))
+    shown = [along, 0 if along else 1]
+    n_columns = max(len(paths), -(-len(keys) // (1 if len(keys) <= 4 else 2)))
+    n_rows = -(-len(keys) // n_columns)
+    figure = Figure(figsize=(3.3 * n_columns, 3.4 + 2.4 * n_rows), dpi=95, layout="constrained")
+    FigureCanvasAgg(figure)
+    parts: Any = figure.subfigures(2, 1, height_ratios=[3.4, 2.4 * n_rows])
+    panels = np.atleast_1d(parts[0].subplots(1, len(paths), sharex=True, sharey=True))
+    for axes, name in zip(panels, paths, strict=True):
+        for is_end, grey in zip(ends.values(), ("0.65", "#b9c9de"), strict=True):
+            axes.scatter(*points["real"][is_end][:, shown].T, s=9, color=grey, linewidths=0)
+        dots = axes.scatter(
+            *points[name][:, shown].T, s=4, c=paths[name].obs["scdiva_position"], cmap="plasma", vmin=0, vmax=1, lw=0
+        )
+        axes.set(xticks=[], yticks=[], title=name, xlabel=f"component {shown[0] + 1}")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel(f"component {shown[1] + 1}")
+    bar = parts[0].colorbar(dots, ax=panels, shrink=0.8, ticks=[0, 1])
+    bar.ax.set_yticklabels([source, target], fontsize=8, rotation=90, va="center")
+    parts[0].suptitle(f"real cells: {source} grey, {target} blue; cells of the path by position", fontsize=9)
+    lower = np.atleast_1d(parts[1].subplots(n_rows, n_columns, squeeze=False)).ravel()
+    line = colormaps["Dark2"]
+    for axes, key in zip(lower, keys, strict=False):
+        for i, name in enumerate(paths):
+            position = paths[name].obs["scdiva_position"].to_numpy()
+            found = [values[key][name][position == p] for p in np.unique(position)]
+            mean = np.array([x.mean() for x in found])
+            error = np.array([x.std() / np.sqrt(x.size) for x in found])
+            axes.plot(np.unique(position), mean, color=line(i), label=name)
+            axes.fill_between(np.unique(position), mean - error, mean + error, color=line(i), alpha=0.2, lw=0)
+        for is_end, style in zip(ends.values(), (":", "--"), strict=True):
+            axes.axhline(values[key]["real"][is_end].mean(), color="black", linewidth=0.9, linestyle=style)
+        axes.set_title(key, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in lower[len(keys) :]:
+        axes.set_visible(False)
+    lower[0].legend(frameon=False, fontsize=8)
+    parts[1].supxlabel(f"position; black: mean of real cells, dotted {source}, dashed {target}", fontsize=9)
+    with replacing(Path(path)) as partial:
+        figure.savefig(partial, format="png")
 
 
 def steps(

@@ -175,17 +175,67 @@ class TestCodec:
 class TestInterpolate:
     def test_from_the_cells_of_a_file(self, cli, fitted, h5ad, tmp_path):
         ends = ("--source", "type 0", "--target", "type 2")
-        for name, start in (("a.h5ad", ("--like", h5ad)), ("b.zarr", ())):
-            result = cli("interpolate", tmp_path / name, "--model", fitted[0], *ends, "--steps", 3, "-n", 4, *start)
+        for name, how in (
+            ("a.h5ad", ()),
+            ("b.zarr", ("--from-noise",)),
+            ("c.h5ad", ("--method", "slerp", "--start-time", 0.4)),
+            ("d.h5ad", ("--method", "linear")),
+            ("e.h5ad", ("--weights", "2:0", "--weights", "1:1", "--weights", "0:3.5")),
+        ):
+            options = ("--model", fitted[0], *ends, "--steps", 3, "-n", 4, *how)
+            result = cli("interpolate", h5ad, tmp_path / name, *options)
             assert result.code == 0, result.err
         cells = ad.read_h5ad(tmp_path / "a.h5ad")
         assert cells.obs["scdiva_position"].tolist() == [0.0] * 4 + [0.5] * 4 + [1.0] * 4
         assert ad.read_zarr(tmp_path / "b.zarr").n_obs == 12
+        assert ad.read_h5ad(tmp_path / "d.h5ad").obs["scdiva_method"].tolist() == ["linear"] * 12
+        assert ad.read_h5ad(tmp_path / "e.h5ad").uns["scdiva"]["interpolate"]["weights"].tolist()[2] == [0, 3.5]
 
-    def test_bad_input(self, cli, fitted, bundle, tmp_path):
-        for model, source, words in ((fitted[0], "type 9", "type 0"), (bundle, "type 0", "family 'scdiva'")):
-            out = tmp_path / "o.h5ad"
-            result = cli("interpolate", out, "--model", model, "--source", source, "--target", "type 2")
+    def test_bad_input_is_one_line_and_writes_nothing(self, cli, fitted, bundle, h5ad, tmp_path):
+        before = files_under(tmp_path)
+        for model, source, more, words in (
+            (fitted[0], "type 9", (), "type 0"),
+            (bundle, "type 0", (), "family 'scdiva'"),
+            (fitted[0], "type 0", ("--weights", "2"), "SOURCE:TARGET"),
+            (fitted[0], "type 0", ("--method", "linear", "--from-noise"), "gradient interpolation only"),
+        ):
+            options = ("--model", model, "--source", source, "--target", "type 2", *more)
+            result = cli("interpolate", h5ad, tmp_path / "o.h5ad", *options)
             assert result.code == 2
             assert words in result.err
-            assert not out.exists()
+            assert len(result.err.splitlines()) == 1
+            assert files_under(tmp_path) == before
+
+
+class TestAugment:
+    def test_types_are_filled_up(self, cli, fitted, h5ad, tmp_path):
+        for name, target in (
+            ("a.h5ad", ("--target", 60)),
+            ("b.zarr", ("--target", "type 0=70", "--target", "type 1=60")),
+        ):
+            options = ("--labels-key", "cell_type", "--model", fitted[0], *target)
+            result = cli("augment", h5ad, tmp_path / name, *options)
+            assert result.code == 0, result.err
+        sizes = ad.read_h5ad(tmp_path / "a.h5ad").obs["cell_type"].value_counts()
+        assert sizes.min() >= 60
+        assert ad.read_zarr(tmp_path / "b.zarr").obs["cell_type"].value_counts()["type 0"] == 70
+        assert "generated cells" in result.out
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (("--labels-key", "celltype", "--target", 60), "cell_type"),
+            (("--labels-key", "cell_type", "--target", 0), "target=0"),
+            (("--labels-key", "cell_type", "--target", 1), "nothing was done"),
+            (("--labels-key", "cell_type", "--target", "most"), "N, max, median or TYPE=N"),
+            (("--labels-key", "cell_type", "--target", 60, "--target", "max"), "TYPE=N once for each type"),
+            (("--labels-key", "cell_type", "--target", "type 7=60"), "type 7"),
+        ],
+    )
+    def test_bad_input_is_one_line_and_writes_nothing(self, options, words, cli, fitted, h5ad, tmp_path):
+        before = files_under(tmp_path)
+        result = cli("augment", h5ad, tmp_path / "o.h5ad", "--model", fitted[0], *options)
+        assert result.code == 2
+        assert words in result.err
+        assert len(result.err.splitlines()) == 1
+        assert files_under(tmp_path) == before

@@ -242,52 +242,6 @@ class TestAddClassifier:
             add_classifier(larger, cells, "state")
 
 
-class TestInterpolate:
-    @pytest.mark.parametrize("is_from_cells", [True, False])
-    def test_the_path_goes_from_one_type_to_the_other(self, is_from_cells, model, cells):
-        path = sd.tl.interpolate(
-            model, cells if is_from_cells else None, source="type 0", target="type 2", steps=5, n_cells=40,
-            start_time=0.9,
-        )  # fmt: skip
-        assert path.n_obs == 200
-        assert path.obs["scdiva_position"].unique().tolist() == [0, 0.25, 0.5, 0.75, 1]
-        types = called(path, cells).reshape(5, 40)
-        of_source, of_target = (types == "type 0").mean(axis=1), (types == "type 2").mean(axis=1)
-        assert of_source[0] > 0.9
-        assert of_target[-1] > 0.7
-        assert (np.diff(of_target) >= -0.1).all()
-        record = path.uns["scdiva"]["interpolate"]
-        assert record["start"] == ("given cells" if is_from_cells else "noise")
-        again = sd.tl.interpolate(
-            model, cells if is_from_cells else None, source="type 0", target="type 2", steps=5, n_cells=40,
-            start_time=0.9,
-        )  # fmt: skip
-        assert (path.X != again.X).nnz == 0
-
-    @pytest.mark.parametrize(
-        ("options", "error", "words"),
-        [
-            ({"source": "type 9"}, KeyNotFoundError, "type 0"),
-            ({"target": "type 0"}, ConfigError, "two different labels"),
-            ({"steps": 1}, ConfigError, "steps=1"),
-            ({"n_cells": 0}, ConfigError, "n_cells=0"),
-            ({"start_time": 1.5}, ConfigError, "start_time"),
-            ({"strength": 0.0}, ConfigError, "strength"),
-            ({"field": "batch"}, KeyNotFoundError, "batch"),
-        ],
-    )
-    def test_refused(self, options, error, words, model, cells):
-        with pytest.raises(error, match=words):
-            sd.tl.interpolate(model, cells, **{"source": "type 0", "target": "type 2", **options})
-
-    def test_without_cells_of_the_source_or_a_classifier(self, model, tiny_model, cells):
-        others = cells[(cells.obs["cell_type"] != "type 0").to_numpy()].copy()
-        with pytest.raises(KeyNotFoundError, match="no cell whose cell_type"):
-            sd.tl.interpolate(model, others, source="type 0", target="type 2")
-        with pytest.raises(UnsupportedError, match="classifier"):
-            sd.tl.interpolate(tiny_model, source="type 0", target="type 2")
-
-
 class TestRefused:
     @pytest.mark.parametrize(
         ("change", "error", "words"),

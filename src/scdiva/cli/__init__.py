@@ -11,6 +11,7 @@ import typer
 
 from scdiva.cli import (
     annotate,
+    augment,
     check,
     convert,
     demo,
@@ -47,6 +48,7 @@ app.command("impute")(impute.impute)
 app.command("reconstruct")(reconstruct.reconstruct)
 app.command("generate")(generate.generate)
 app.command("interpolate")(interpolate.interpolate)
+app.command("augment")(augment.augment)
 app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
 app.command("pretrain")(train.pretrain)

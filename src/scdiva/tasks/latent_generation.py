@@ -19,7 +19,6 @@ from scdiva.errors import ConfigError, UnsupportedError
 from scdiva.models.scdiffusion import LatentSampler, ScDiffusion
 from scdiva.tasks.generate import annotate_cells, check_sizes, condition_codes_of, deep_enough, unmet, write_parts
 from scdiva.tasks.scdiva_latent import DecoderName, check_decoder, draw_masked, notes_on_masked
-from scdiva.types import CellCounts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -251,126 +250,6 @@ def generate_latent_file(
                 on_block(min((group + 1) * GROUP, plan.n_cells))
 
     write_parts(path, parts(), obs, var, {"scdiva": {"generate": latent_record(model, plan)}})
-
-
-def interpolate_latent(
-    model: ScDiffusion,
-    field: str,
-    source: str,
-    target: str,
-    *,
-    cells: CellCounts | None = None,
-    n_cells: int = 100,
-    steps: int = 11,
-    start_time: float = 0.8,
-    strength: float = 2.0,
-    sampler: LatentSampler | None = None,
-    seed: int = 0,
-) -> AnnData:
-    """Gradient interpolation: cells on the way from one label to another (methods C.1, C.4).
-
-    The classifier of the field pulls towards both labels, with weights ``strength (1 - p)`` and ``strength p`` at
-    position p from 0 to 1. All positions start from the same cells and the same noise.
-
-    Parameters
-    ----------
-    model
-        With a classifier of the field.
-    field, source, target
-        A condition field and two of its labels.
-    cells
-        Real cells of the source in the order of the model's genes, to start from; None: noise.
-    n_cells
-        Cells at each position; real cells go around.
-    steps
-        Positions, 0 and 1 included.
-    start_time
-        How far real cells are noised, in (0, 1]; the loop starts at that noise level.
-    strength
-        Sum of the two weights.
-    sampler, seed
-        As for :func:`plan_latent_cells`.
-
-    Returns
-    -------
-    AnnData
-        ``n_cells * steps`` cells, position by position; ``.obs``: ``scdiva_position``, ``scdiva_path`` (which cell it
-        started from), ``scdiva_n_umis``, ``scdiva_synthetic``; z in ``.obsm["X_scdiffusion"]``.
-
-    Raises
-    ------
-    ConfigError
-        Impossible numbers, equal labels, no classifier of the field, or cells without counts.
-    KeyNotFoundError
-        A field or label that the model does not know.
-    """
-    import anndata as ad
-    import pandas as pd
-
-    codes = [int(model.labels.encode({field: label})[model.labels.fields.index(field)]) for label in (source, target)]
-    sampler = sampler or LatentSampler()
-    sampler.check(model.config.n_times)
-    for is_wrong, found, expected in (
-        (codes[0] == codes[1], f"from {source} to {target}", "two different labels"),
-        (steps < 2, f"steps={steps}", "at least 2"),
-        (n_cells < 1, f"n_cells={n_cells}", "at least 1"),
-        (seed < 0, f"seed={seed}", "0 or more"),
-        (not 0 < start_time <= 1, f"start_time={start_time}", "above 0, at most 1"),
-        (not (np.isfinite(strength) and strength > 0), f"strength={strength}", "above 0"),
-        (
-            (cells is not None and not np.diff(cells.counts.indptr).all()) or (cells is not None and not cells.n_cells),
-            "no cells, or cells without counts, to start from",
-            f"cells of {field} {source} with counts",
-        ),
-    ):
-        if is_wrong:
-            raise ConfigError(found, expected=expected, fix="see scdiva interpolate --help")
-    rng = np.random.default_rng([seed, _SIZES])
-    start = None
-    if cells is None:
-        wanted = np.tile(model.labels.encode({field: source}), (n_cells, 1))
-        depth = model.population.sizes.draw(wanted, rng).depth
-    else:
-        row = np.arange(n_cells) % cells.n_cells
-        start = model.encode(cells)[row]
-        depth = np.asarray(cells.counts.sum(axis=1)).ravel()[row]
-    state = np.random.SeedSequence([seed, _LATENT, 0]).generate_state(1, np.uint64)[0]
-    nothing = np.zeros((n_cells, model.labels.n_fields), dtype=np.int32)
-    positions = np.linspace(0.0, 1.0, steps)
-    counts, latents = [], []
-    for i, position in enumerate(positions):
-        pull = np.zeros(len(model.labels.labels(field)), dtype=np.float32)
-        pull[codes[0] - 1], pull[codes[1] - 1] = strength * (1.0 - position), strength * position
-        z = model.sample_latents(
-            nothing,
-            depth,
-            torch.Generator().manual_seed(int(state >> np.uint64(1))),
-            sampler=sampler,
-            pull={field: pull},
-            start=start,
-            start_time=start_time,
-        )
-        latents.append(z)
-        counts.append(model.decode(z, depth, np.random.default_rng([seed, _COUNTS, i])))
-    all_depths = np.tile(depth, steps)
-    sizes = DrawnSizes(all_depths, all_depths, all_depths.astype(float), np.zeros(all_depths.size, dtype=np.int32))
-    every = np.tile(nothing, (steps, 1))
-    obs, var = annotate_cells(model.labels, model.vocabulary, every, sizes, model.population.sizes.is_measured)
-    del obs["scdiva_n_genes"]
-    obs["scdiva_position"] = np.repeat(positions, n_cells)
-    obs["scdiva_path"] = pd.Categorical([str(i) for i in np.tile(np.arange(n_cells), steps)])
-    record = {
-        **model.provenance, "field": field, "source": source, "target": target, "steps": steps, "seed": seed,
-        "start": "noise" if start is None else "given cells", "start_time": start_time, "strength": strength,
-        "sampler": {**dataclasses.asdict(sampler), "n_steps": sampler.steps(model.config.n_times)},
-    }  # fmt: skip
-    return ad.AnnData(
-        X=sp.vstack(counts, format="csr"),
-        obs=obs,
-        var=var,
-        obsm={"X_scdiffusion": np.concatenate(latents)},
-        uns={"scdiva": {"interpolate": record}},
-    )
 
 
 def latent_record(model: ScDiffusion, plan: LatentPlan) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from scdiva.tasks.annotate import fit_cell_typer
 from scdiva.tasks.fine_tuned import FineTuning
 from scdiva.tl.annotation import annotate, annotate_file
+from scdiva.tl.augmentation import augment
 from scdiva.tl.embedding import embed, embed_file
 from scdiva.tl.generation import generate, generate_file
 from scdiva.tl.imputation import impute, impute_file
@@ -14,6 +15,7 @@ __all__ = [
     "FineTuning",
     "annotate",
     "annotate_file",
+    "augment",
     "embed",
     "embed_file",
     "fit_cell_typer",

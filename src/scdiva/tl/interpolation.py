@@ -2,103 +2,98 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from scdiva.data.conditions import column_text
-from scdiva.data.reader import open_counts
-from scdiva.data.source import open_source
-from scdiva.errors import KeyNotFoundError, UnsupportedError
-from scdiva.models.scdiffusion import LatentSampler, ScDiffusion
-from scdiva.tasks.latent_generation import interpolate_latent
+from scdiva.tasks.interpolate import STRENGTH, InterpolationMethod
+from scdiva.tasks.interpolate import interpolate as _interpolate
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
     from scdiva.data.source import DataLike
+    from scdiva.models.scdiffusion import LatentSampler, ScDiffusion
 
 
 def interpolate(
     model: ScDiffusion,
-    data: DataLike | None = None,
+    adata: DataLike,
     *,
     source: str,
     target: str,
-    field: str | None = None,
     steps: int = 11,
+    method: InterpolationMethod = "gradient",
+    field: str | None = None,
     n_cells: int = 100,
-    start_time: float = 0.8,
-    strength: float = 2.0,
+    start_time: float | None = None,
+    strength: float = STRENGTH,
+    weights: Sequence[tuple[float, float]] | None = None,
+    from_noise: bool = False,
     sampler: LatentSampler | None = None,
+    layer: str | None = None,
     seed: int = 0,
 ) -> AnnData:
-    """Generate cells on the way from one label to another by gradient interpolation.
+    """Make cells on the way from one label to another.
 
     Parameters
     ----------
     model
-        With a classifier of the field.
-    data
-        Raw counts with a column ``field``: the path starts from its cells of the source, noised. None: from noise.
+        A latent diffusion; "gradient" needs its classifier of the field.
+    adata
+        Raw counts of real cells of both labels, with a column ``field``. Every path starts from a cell of the source.
     source, target
         Labels at the two ends.
-    field
-        Condition field of both; the first with a classifier if left out.
     steps
         Positions on the path, both ends included.
+    method
+        "gradient": a classifier pulls noised source cells towards both labels. "slerp": spherical interpolation of a
+        noised source and a noised target cell. "linear": mixed molecules of a source and a target cell, the baseline.
+    field
+        Column of both labels; if left out the model's field that has them.
     n_cells
-        Cells at each position.
+        Paths: cells at each position.
     start_time
-        How far real cells are noised, in (0, 1]: the more, the freer the path.
+        How far real cells are noised, in (0, 1]; None: 0.9 for "gradient", 0.5 for "slerp".
     strength
-        Scale of the guidance, shared by the two labels.
+        gradient: sum of the weights of the two labels.
+    weights
+        gradient: weights of source and target at each position; None: they fall and rise linearly.
+    from_noise
+        gradient: start from noise; of the source cells only the UMIs are used.
     sampler
         How z is drawn.
+    layer
+        Where the counts are; found if left out.
     seed
         Equal seeds give equal cells.
 
     Returns
     -------
     AnnData
-        See :func:`scdiva.tasks.latent_generation.interpolate_latent`.
+        A new one; ``.obs`` holds ``scdiva_position``, ``scdiva_path`` and ``scdiva_method``. See
+        :func:`scdiva.tasks.interpolate.interpolate`.
 
     Raises
     ------
     KeyNotFoundError
-        No such field, label, column, or no cell of the source.
+        No such field, label, column, or no cell of an end.
     ConfigError, UnsupportedError, SourceError, ScaleError, GeneError
-        Impossible numbers, a model without a classifier, or data that cannot be used.
+        Impossible numbers, options of another method, a model without a classifier, or data that cannot be used.
     """
-    if not isinstance(model, ScDiffusion) or not model.config.classified:
-        raise UnsupportedError(
-            "interpolation without a classifier of z",
-            expected="a model of scdiva scdiffusion fit with classifiers",
-            fix="fit one, or add a classifier (scdiva scdiffusion add-condition)",
-        )
-    named = field or model.config.classified[0]
-    cells = None
-    if data is not None:
-        opened = open_source(data)
-        model.labels.encode({named: source})  # names the label and those there are, before the data are looked at
-        rows = np.flatnonzero(column_text(opened.column(named)) == source)
-        if not rows.size:
-            raise KeyNotFoundError(
-                f"{opened.name} has no cell whose {named} is {source!r}",
-                expected="cells of the source to start from",
-                fix="name another source, or leave the data out to start from noise",
-            )
-        cells = open_counts(opened, model.vocabulary).read(rows[:n_cells] if n_cells > 0 else rows[:1])
-    return interpolate_latent(
+    return _interpolate(
         model,
-        named,
-        source,
-        target,
-        cells=cells,
-        n_cells=n_cells,
+        adata,
+        source=source,
+        target=target,
         steps=steps,
+        method=method,
+        field=field,
+        n_cells=n_cells,
         start_time=start_time,
         strength=strength,
+        weights=weights,
+        from_noise=from_noise,
         sampler=sampler,
+        layer=layer,
         seed=seed,
     )

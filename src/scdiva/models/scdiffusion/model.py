@@ -431,6 +431,8 @@ class ScDiffusion(PretrainedModel):
         pull: Mapping[str, NDArray[np.floating]] | None = None,
         start: NDArray[np.float32] | None = None,
         start_time: float = 1.0,
+        end: NDArray[np.float32] | None = None,
+        position: float = 0.0,
     ) -> NDArray[np.float32]:
         """Draw z of cells of given conditions.
 
@@ -456,6 +458,9 @@ class ScDiffusion(PretrainedModel):
             ``(n, Z)`` z of real cells to start from; None: noise.
         start_time
             How far these are noised, in (0, 1]; the loop starts there.
+        end, position
+            ``(n, Z)`` z of other real cells, noised by the same noise: the loop starts at the spherical interpolation
+            of both at a position from 0 (``start``) to 1. See :func:`~scdiva.models.scdiffusion.sampling.slerp`.
 
         Returns
         -------
@@ -501,6 +506,8 @@ class ScDiffusion(PretrainedModel):
             guides=guides,
             start_BZ=None if start is None else torch.from_numpy(np.asarray(start, dtype=np.float32)).to(self.device),
             start=start_time,
+            end_BZ=None if end is None else torch.from_numpy(np.asarray(end, dtype=np.float32)).to(self.device),
+            position=position,
         )
         return z.cpu().numpy()
 

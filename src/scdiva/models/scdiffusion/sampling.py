@@ -20,6 +20,7 @@ DEFAULT_STEPS: dict[str, int] = {"dpm": 25, "ddim": 50, "ddpm": 1000}
 _GUIDED_FROM = 0.01
 """Share of signal below which a classifier's gradient is not asked for: there it says next to nothing, and the step
 from gradient to velocity divides by the square root of that share (our decision)."""
+_SMALLEST_SINE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +192,28 @@ def guided_prediction(
     return v_BZ
 
 
+def slerp(a_BZ: torch.Tensor, b_BZ: torch.Tensor, position: float) -> torch.Tensor:
+    """Interpolate along the great circle, ``(B, Z)``: halfway points of two noises are as long as noises are.
+
+    Source: Shoemake (1985). Where two directions are (nearly) the same, it is linear interpolation.
+
+    Parameters
+    ----------
+    a_BZ, b_BZ
+        The two ends, of any lengths.
+    position
+        0 gives ``a_BZ``, 1 gives ``b_BZ``.
+    """
+    cosine_B = torch.nn.functional.cosine_similarity(a_BZ, b_BZ, dim=1).clamp(-1.0, 1.0)
+    angle_B = cosine_B.acos()
+    sine_B = angle_B.sin()
+    is_linear_B = sine_B < _SMALLEST_SINE
+    safe_B = torch.where(is_linear_B, torch.ones_like(sine_B), sine_B)
+    of_a_B = torch.where(is_linear_B, torch.full_like(angle_B, 1 - position), ((1 - position) * angle_B).sin() / safe_B)
+    of_b_B = torch.where(is_linear_B, torch.full_like(angle_B, position), (position * angle_B).sin() / safe_B)
+    return of_a_B[:, None] * a_BZ + of_b_B[:, None] * b_BZ
+
+
 def draw_latents(
     denoiser: AnyDenoiser,
     depth_B: torch.Tensor,
@@ -206,6 +229,8 @@ def draw_latents(
     guides: Sequence[Guide] = (),
     start_BZ: torch.Tensor | None = None,
     start: float = 1.0,
+    end_BZ: torch.Tensor | None = None,
+    position: float = 0.0,
 ) -> torch.Tensor:
     """Draw z, ``(B, Z)`` float32, as the denoiser knows it.
 
@@ -229,6 +254,9 @@ def draw_latents(
         z of cells to start from; None: noise.
     start
         How far these are noised, in (0, 1] of the process; the loop begins there.
+    end_BZ, position
+        z of other cells, noised by the same noise: the loop begins at the spherical interpolation of both at a position
+        from 0 (``start_BZ``) to 1.
     """
     device = depth_B.device
     scheduler = scheduler_of(sampler, n_times, schedule=schedule, prediction=prediction)
@@ -245,7 +273,10 @@ def draw_latents(
         if start_BZ is not None:
             begin = start_index(timesteps, start, n_times)
             alpha_bar_B = alpha_bar_T[timesteps[begin]].to(device).expand(depth_B.numel())
-            z_BZ = noised(start_BZ, z_BZ, alpha_bar_B)
+            noise_BZ = z_BZ
+            z_BZ = noised(start_BZ, noise_BZ, alpha_bar_B)
+            if end_BZ is not None:
+                z_BZ = slerp(z_BZ, noised(end_BZ, noise_BZ, alpha_bar_B), position)
             if hasattr(scheduler, "set_begin_index"):
                 scheduler.set_begin_index(begin)
         for t in timesteps[begin:]:
