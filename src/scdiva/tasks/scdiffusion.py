@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from scdiva.config import LoopConfig, ScDiffusionConfig, apply_overrides
 from scdiva.data.conditions import ConditionLabels, collect_labels
+from scdiva.data.outliers import cap_isolated
 from scdiva.data.population import CellSizes
 from scdiva.data.reader import CountsReader, NamedCells, open_counts
 from scdiva.data.source import open_source
@@ -178,7 +179,10 @@ def fit_scdiffusion(
         reader, part_of_whole = open_with_codec(data, whole, layer)
         labels = _labels_of(reader, conditions, min_cells)
         reader = reader.with_conditions(labels)
-    cells = _trainable(reader)
+    cells, n_capped = _trainable(reader), 0
+    if not is_published:
+        cells, n_capped = cap_isolated(cells)
+        log.info("%s: %d counts far beyond all others of their gene are set back", reader.source.name, n_capped)
     sizes = config.model_copy(
         update={
             "fields": () if is_published else tuple(labels.fields),
@@ -214,7 +218,9 @@ def fit_scdiffusion(
             views = view_latents(part_of_whole, trained, seed)
             fit_codec_head(networks.codec_head, part_of_whole, trained, views, seed)
         elif isinstance(networks.autoencoder, Autoencoder):
-            fits["autoencoder"] = run.fit("autoencoder", AutoencoderObjective(networks.autoencoder), sizes)
+            n_labels = [len(labels.labels(field)) for field in labels.fields]
+            objective = AutoencoderObjective(networks.autoencoder, float(trained.counts.sum()), n_labels)
+            fits["autoencoder"] = run.fit("autoencoder", objective, sizes)
             calibrate_dispersions(networks.autoencoder, _some_blocks(trained, seed))
             networks.autoencoder.standardise_by(_raw_latents(networks.autoencoder, trained))
         else:
@@ -247,7 +253,7 @@ def fit_scdiffusion(
             *(f"classifier of {field}" for field in sizes.classified),
         ],
         **({} if whole is None else {"codec": {**whole.model.provenance, "weights_hash": whole.weights_hash()}}),
-        "training": _record(reader, trained, heldout.size, fits, seed),
+        "training": {**_record(reader, trained, heldout.size, fits, seed), "n_isolated_counts_capped": n_capped},
         "metrics": metrics,
         **({"scimilarity": start.to_dict()} if start is not None else {}),
     }
@@ -495,7 +501,7 @@ def loop_config(
     if architecture == "published":
         return _published_loop(part, n_cells, seed=seed, device=device)
     steps, batch, lr, ema, every, patience = {
-        "autoencoder": (4000, 128, 1e-3, 0.99, 50, 5),
+        "autoencoder": (1500, 128, 1e-3, 0.99, 50, 6),
         "denoiser": (6000, 256, 1e-3, 0.995, 250, 5),
         "classifier": (1500, 256, 1e-3, 0.99, 100, 5),
     }[part]

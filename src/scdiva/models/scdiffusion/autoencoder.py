@@ -155,6 +155,10 @@ class Autoencoder(nn.Module):
         """Return shares of the genes, ``(B, G)`` float32, of standardised z."""
         return self.log_share(z_BZ).exp()
 
+    def gene_layers(self) -> list[nn.Parameter]:
+        """Weights of the encoder's first and the decoder's last layer, which have numbers for each gene."""
+        return [self.encoder[0].get_parameter("weight"), self.decoder[-1].get_parameter("weight")]
+
     def gene_vectors(self) -> list[nn.Parameter]:
         """Parameters with one number per gene, which get a learning rate of their own."""
         last = self.decoder[-1]

@@ -5,6 +5,7 @@ Shape letters: B cells, C classes, F condition fields, G genes, Z latent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,16 +28,25 @@ SHARE_READ = (0.5, 0.9)
 """Share of a cell's molecules that the encoder reads in training; the decoder is judged on the others."""
 
 
+PRIOR_PRECISION = 400.0
+"""Of the weights of the decoder's last layer: 256 of them, with inputs near 0.6, move a gene by a half on the log."""
+LABEL_WEIGHT = 0.02
+"""Weight of the cross-entropy of each condition, in nats per cell, beside nats per UMI."""
+GENE_LAYER_RATIO = 0.3
+"""Learning rate of the layers with a row for each gene, in units of the usual one."""
+
+
 @dataclass(frozen=True, slots=True)
 class TwoViews:
-    """Two halves of the molecules of some cells: one to encode, one to decode."""
+    """Two halves of the molecules of some cells, one to encode and one to decode, and the codes of their labels."""
 
     read: SparseCells
     scored: SparseCells
+    condition_BF: torch.Tensor
 
     def to(self, device: torch.device) -> TwoViews:
         """Return the same on another device."""
-        return TwoViews(self.read.to(device), self.scored.to(device))
+        return TwoViews(self.read.to(device), self.scored.to(device), self.condition_BF.to(device))
 
 
 class AutoencoderObjective(nn.Module):
@@ -45,16 +55,37 @@ class AutoencoderObjective(nn.Module):
     Count splitting makes the two views of a cell independent given its state, so z must carry the state and gains
     nothing from carrying the noise; an autoencoder of thousands of cells and genes that is judged on what it read
     learns the noise by heart (our decision; design 4).
+
+    The weights that belong to single genes, of the decoder's last layer, have a normal prior: what says little of a
+    gene leaves it at its mean. They and the first layer of the encoder are trained slower than the rest: most genes are
+    seen in few cells, and Adam would let their weights wander as fast as those of the others. (Our decision.)
+
+    A linear classifier of each condition reads z, and its cross-entropy counts a little: labels that differ in few
+    molecules (naive and memory T cells) would else be lost from a z that only the likelihood pays for. (Our decision.)
+
+    Parameters
+    ----------
+    autoencoder
+        What is trained.
+    n_umis
+        UMIs of the training cells, which the prior is weighed against.
+    n_labels
+        Labels of each condition field.
     """
 
-    def __init__(self, autoencoder: Autoencoder) -> None:
+    def __init__(self, autoencoder: Autoencoder, n_umis: float, n_labels: Sequence[int] = ()) -> None:
         super().__init__()
         self.autoencoder = autoencoder
+        # of no use after training
+        self.readers = nn.ModuleList(nn.Linear(autoencoder.n_latent, n) for n in n_labels)
+        # in training a share of each cell's molecules is scored
+        self.decay = PRIOR_PRECISION / max(n_umis * (1.0 - sum(SHARE_READ) / 2), 1.0)
 
     def prepare(self, cells: CellCounts, rng: np.random.Generator) -> TwoViews:
         """Split each cell's molecules."""
         read, scored = split_counts(cells, rng.uniform(*SHARE_READ, cells.n_cells), rng)
-        return TwoViews(SparseCells.pack(read), SparseCells.pack(scored))
+        condition_BF = torch.from_numpy(cells.condition.astype(np.int64))
+        return TwoViews(SparseCells.pack(read), SparseCells.pack(scored), condition_BF)
 
     prepare_heldout = prepare
 
@@ -62,13 +93,25 @@ class AutoencoderObjective(nn.Module):
         """Parameters with one number per gene."""
         return self.autoencoder.gene_vectors()
 
+    def learning_rate_ratios(self) -> dict[nn.Parameter, float]:
+        """Slow down the two layers that have a row for each gene."""
+        return dict.fromkeys(self.autoencoder.gene_layers(), GENE_LAYER_RATIO)
+
     def forward(self, inputs: TwoViews, generator: torch.Generator) -> LossOutput:
         """Compute the loss of one minibatch."""
         model, scored = self.autoencoder, inputs.scored
-        log_share_BG = model.log_share_of_raw(model.raw_latent(inputs.read))
+        raw_BZ = model.raw_latent(inputs.read)
+        log_share_BG = model.log_share_of_raw(raw_BZ)
         log_mu_BG = log_share_BG + scored.depth_B.clamp_min(1e-3).log()[:, None]
         nll_B = negative_binomial_nll(log_mu_BG, model.log_theta_G, scored)
-        return LossOutput(nll_B.sum() / scored.depth_B.sum().clamp_min(1.0), n_cells=scored.n_cells)
+        loss = nll_B.sum() / scored.depth_B.sum().clamp_min(1.0)
+        if self.training:
+            loss = loss + 0.5 * self.decay * model.gene_layers()[-1].square().sum()
+            for field, reader in enumerate(self.readers):
+                code_B = inputs.condition_BF[:, field]
+                nll_B = F.cross_entropy(reader(raw_BZ).float(), (code_B - 1).clamp_min(0), reduction="none")
+                loss = loss + LABEL_WEIGHT * (nll_B * (code_B > 0)).mean()
+        return LossOutput(loss, n_cells=scored.n_cells)
 
 
 @dataclass(frozen=True, slots=True)
