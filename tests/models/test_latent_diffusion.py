@@ -23,7 +23,14 @@ from scdiva.models.scdiffusion.autoencoder import SparseCells, calibrate_dispers
 from scdiva.models.scdiffusion.classifiers import LatentClassifier
 from scdiva.models.scdiffusion.denoiser import Denoiser
 from scdiva.models.scdiffusion.model import build_networks
-from scdiva.models.scdiffusion.objectives import ClassifierObjective, DenoiserObjective, LatentTable
+from scdiva.models.scdiffusion.objectives import (
+    LABEL_WEIGHT,
+    PRIOR_PRECISION,
+    AutoencoderObjective,
+    ClassifierObjective,
+    DenoiserObjective,
+    LatentTable,
+)
 from scdiva.models.scdiffusion.sampling import Guide, draw_latents, guided_prediction, scheduler_of, start_index
 from scdiva.models.scdiffusion.schedule import cosine_alpha_bar, noised, velocity
 from scdiva.models.scdiva import ScDiVa
@@ -151,6 +158,42 @@ class TestAutoencoder:
 
     def test_no_norm_reads_the_minibatch(self, model):
         assert not any(isinstance(m, torch.nn.modules.batchnorm._NormBase) for m in model.networks.modules())
+
+
+class TestAutoencoderObjective:
+    @staticmethod
+    def objective(n_umis: float, n_labels=(3, 2)) -> AutoencoderObjective:
+        networks = random_networks(200)
+        torch.manual_seed(0)
+        return AutoencoderObjective(networks.autoencoder, n_umis, n_labels)
+
+    def losses(self, objective, cells, **conditions) -> tuple[float, float]:
+        """In training and in evaluation, of the same views."""
+        inputs = objective.prepare(replace(cells, **conditions), np.random.default_rng(0))
+        return tuple(float(objective.train(mode)(inputs, seeded()).loss.detach()) for mode in (True, False))
+
+    def test_the_prior_counts_in_training_only_and_less_the_more_molecules_there_are(self, cells):
+        for n_umis in (1e4, 1e6):
+            objective = self.objective(n_umis, ())
+            training, evaluation = self.losses(objective, cells)
+            squares = float(objective.autoencoder.gene_layers()[-1].square().sum().detach())
+            expected = 0.5 * PRIOR_PRECISION * squares / (0.3 * n_umis)
+            assert training - evaluation == pytest.approx(expected, rel=1e-3)
+
+    def test_labels_count_where_they_are_known(self, cells):
+        objective = self.objective(1e12)
+        known = self.losses(objective, cells)
+        nothing = self.losses(objective, cells, condition=np.zeros_like(cells.condition))
+        assert nothing[0] == pytest.approx(nothing[1], abs=1e-5)
+        assert known[1] == pytest.approx(nothing[1], abs=1e-6)  # held-out losses are of molecules alone
+        # no better than chance before training: about log 3 + log 2
+        assert 0.5 < (known[0] - known[1]) / (LABEL_WEIGHT * np.log(6)) < 4
+
+    def test_what_is_trained_slower_has_a_row_for_each_gene(self, cells):
+        objective = self.objective(1e6)
+        slow = objective.learning_rate_ratios()
+        assert sorted(tuple(weight.shape) for weight in slow) == [(16, 200), (200, 16)]
+        assert all(0 < ratio < 1 for ratio in slow.values())
 
 
 class TestSchedule:
