@@ -93,6 +93,17 @@ class TestMatching:
             if code and met[i]:
                 assert (sizes.condition[rows, i] == code).all()
 
+    def test_the_label_that_says_most_of_depth_is_kept(self, sizes):
+        # cells of the second field's label 2 are ten times as deep; more cells have its label 1
+        depth = np.where(CONDITION[:, 1] == 2, 10, 1) * sizes.depth
+        rows, met = replace(sizes, depth=depth.astype(np.int32)).matching(np.array([3, 1]))
+        assert met.tolist() == [False, True]
+        assert (CONDITION[rows, 1] == 1).all()
+        by_type = np.where(CONDITION[:, 0] == 3, 10, 1) * sizes.depth
+        rows, met = replace(sizes, depth=by_type.astype(np.int32)).matching(np.array([3, 1]))
+        assert met.tolist() == [True, False]
+        assert (CONDITION[rows, 0] == 3).all()
+
 
 class TestDraw:
     def test_whole_records_of_the_condition(self, sizes):

@@ -110,7 +110,8 @@ class CellSizes:
         Returns
         -------
         rows
-            Records that have all of the wanted labels; if none has, those that have most of them.
+            Records that have all of the wanted labels; if none has, those that have most of them, and of several such
+            choices of labels the one that says most of depth (in tenths of its variance), or else most records have.
         is_met
             ``(n_fields,)`` False for wanted labels that had to be given up because no record has all.
         """
@@ -125,11 +126,28 @@ class CellSizes:
             is_met[wanted] = False
             return np.arange(self.n_records), is_met
         best = agrees[n_agreeing == most]
-        # of several choices of labels the one that most records have
+        # of several choices of labels the one that says most of depth, or else the one that most records have
         choices, number = np.unique(best, axis=0, return_counts=True)
-        choice = choices[np.argmax(number)]
+        says = np.round(choices @ self._share_of_depth(wanted), 1)
+        choice = choices[np.lexsort((number, says))[-1]]
         is_met[wanted[~choice]] = False
         return np.flatnonzero((agrees == choice).all(axis=1)), is_met
+
+    def _share_of_depth(self, fields: NDArray[np.integer]) -> NDArray[np.float64]:
+        """Return the share of the variance of log depth between the labels of each field, ``(len(fields),)``.
+
+        Where a combination was never seen, its size is that of the technology it names, not that of its cell type.
+        (Our decision.)
+        """
+        log_depth = np.log1p(self.depth.astype(np.float64))
+        log_depth -= log_depth.mean()
+        total = max(float((log_depth**2).sum()), 1e-12)
+        shares = []
+        for codes in self.condition[:, fields].T:
+            n = np.maximum(np.bincount(codes), 1)
+            between = np.bincount(codes, weights=log_depth) ** 2 / n
+            shares.append(float(between[1:].sum()) / total)  # code 0 is no label
+        return np.array(shares)
 
     def draw(
         self,
