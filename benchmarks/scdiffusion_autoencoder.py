@@ -101,7 +101,8 @@ def _decoded(model, cells, train: LabelledCells, seed: int) -> LabelledCells:
     read = reader.read(np.arange(len(reader)))
     depth = np.asarray(read.counts.sum(axis=1)).ravel()
     drawn = model.decode(model.encode(read), depth, np.random.default_rng(seed)).tocoo()
-    column = np.array([columns[0] for columns in reader.alignment.source_of_gene()])
+    of_gene = reader.alignment.source_of_gene()
+    column = np.array([of_gene[gene][0] for gene in range(model.vocabulary.n_genes)])
     counts = sp.csr_matrix((drawn.data, (drawn.row, column[drawn.col])), shape=train.counts.shape, dtype=np.int32)
     return LabelledCells(counts, train.labels)
 
