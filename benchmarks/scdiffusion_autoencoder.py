@@ -20,11 +20,12 @@ from page import write_page
 from scdiva.data import outliers
 from scdiva.data.reader import open_counts
 from scdiva.data.source import open_source
+from scdiva.genes import GeneVocabulary
 from scdiva.metrics import generation as metrics
 from scdiva.metrics.generation_classifiers import c2st_auc
 from scdiva.metrics.generation_space import LabelledCells
 from scdiva.models.scdiffusion import objectives
-from scdiva.tasks.evaluate_generation import GenerationData, split_cells
+from scdiva.tasks.evaluate_generation import GenerationData, known_cells, split_cells
 from scdiva.tasks.scdiffusion import fit_scdiffusion
 
 CAPS, PRIOR = (outliers, "TIMES", 1e9), (objectives, "PRIOR_PRECISION", 0.0)
@@ -64,7 +65,8 @@ def main() -> None:
 
 
 def _score(file: Path, labels_key: str, seed: int, variant: str, n_trees: int) -> tuple[float, ...]:
-    data = GenerationData.open(file, labels_key)
+    # genes that no model could make would tell its cells from real ones
+    data = GenerationData.open(known_cells(file, GeneVocabulary.default(), labels_key)[0], labels_key)
     split = split_cells(data.cells.labels, 0.7, seed)
     train, heldout = data.cells.take(split.train), data.cells.take(split.heldout)
     reference = metrics.RealismReference.fit(train, split.is_sample, seed=seed)
