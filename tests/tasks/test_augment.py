@@ -9,6 +9,7 @@ import pytest
 
 import scdiva as sd
 from scdiva.config import ScDiffusionConfig
+from scdiva.data.conditions import ConditionLabels
 from scdiva.datasets import synthetic_cells
 from scdiva.errors import ConfigError, KeyNotFoundError, ScdivaError, UnsupportedError
 from scdiva.tasks import augment as task
@@ -61,8 +62,10 @@ def test_generated_cells_fill_up_their_type_and_are_marked(augmented, cells):
     assert made.obs[["age", "is_good"]].isna().all().all()
     assert augmented.X.dtype == np.int32
     record = augmented.uns["scdiva"]["augment"]
-    assert record["n_generated"] == {"type 2": 80}
-    assert record["n_real"]["type 2"] == 20
+    assert record["types"] == ["type 0", "type 1", "type 2"]
+    assert record["n_generated"] == [0, 0, 80]
+    assert record["n_real"][2] == 20
+    assert record["target"][2] == 100
     assert not record["fitted_here"]
 
 
@@ -131,6 +134,18 @@ def test_the_result_can_be_written_and_is_not_augmented_again(augmented, model, 
     augmented.write_h5ad(tmp_path / "a.h5ad")
     with pytest.raises(ConfigError, match="generated cells"):
         sd.tl.augment(tmp_path / "a.h5ad", "cell_type", target=500, model=model)
+
+
+def test_the_record_keeps_labels_with_a_slash(model, cells, tmp_path, monkeypatch):
+    """A key with "/" would be a group of the file."""
+    slashed = cells.copy()
+    slashed.obs["cell_type"] = slashed.obs["cell_type"].astype(str).str.replace("type 2", "NK/T cell")
+    labels = ConditionLabels.from_dict({"cell_type": ["type 0", "type 1", "NK/T cell"]})
+    monkeypatch.setattr(model, "labels", labels)
+    out = sd.tl.augment(slashed, "cell_type", target={"NK/T cell": 25}, model=model)
+    out.write_h5ad(tmp_path / "a.h5ad")
+    record = ad.read_h5ad(tmp_path / "a.h5ad").uns["scdiva"]["augment"]
+    assert dict(zip(record["types"], record["n_generated"], strict=True)) == {"NK/T cell": 5, "type 0": 0, "type 1": 0}
 
 
 @pytest.mark.parametrize(
