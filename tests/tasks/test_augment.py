@@ -158,12 +158,13 @@ def test_the_record_keeps_labels_with_a_slash(model, cells, tmp_path, monkeypatc
         ({"target": 2}, ConfigError, "no type of cell_type is below the target; the rarest is type 2 with 20"),
         ({"label_key": "batch", "target": 500}, UnsupportedError, "takes no condition batch"),
         ({"seed": -1}, ConfigError, "seed"),
+        ({"model": None, "weight": -1.0}, ConfigError, "guidance weight -1.0"),
     ],
 )
 def test_refused(options, error, words, model, cells):
-    given = {"label_key": "cell_type", "target": 100, **options}
+    given = {"label_key": "cell_type", "target": 100, "model": model, **options}
     with pytest.raises(error, match=words):
-        sd.tl.augment(cells, given.pop("label_key"), model=model, **given)
+        sd.tl.augment(cells, given.pop("label_key"), **given)
 
 
 def test_types_of_a_few_cells_or_unknown_to_the_model_are_refused_by_name(model, cells):

@@ -87,7 +87,8 @@ def augment(
         No such column, or a type in ``target`` that no cell has.
     ConfigError
         A target below 1 or of a kind that is not known; nothing to fill up; types of fewer than :data:`MIN_CELLS` cells
-        where a model would be fitted; cells that are generated already.
+        where a model would be fitted; cells that are generated already; an impossible weight or seed; both ``model``
+        and ``out_dir``.
     UnsupportedError
         The model does not take ``label_key`` as a condition, or does not know a type that is to be filled up.
     SourceError, ScaleError, GeneError, OutputError, TrainingError, NonFiniteLossError
@@ -103,6 +104,14 @@ def augment(
             f"{source.name} holds generated cells (scdiva_synthetic)",
             expected="real cells: a model of generated cells learns its own mistakes",
             fix="leave them out, or augment the file they were added to",
+        )
+    if not (np.isfinite(weight) and weight >= 0):
+        raise ConfigError(f"guidance weight {weight} of {label_key}", expected="0 or more", fix="1 is plain")
+    if model is not None and out_dir is not None:
+        raise ConfigError(
+            f"a model, and a folder to keep a model in ({out_dir})",
+            expected="one of the two: only a model that is fitted here is kept",
+            fix="leave the folder out (--keep-model)",
         )
     if seed < 0:
         raise ConfigError(f"seed={seed}", expected="0 or more", fix="name another seed")
