@@ -16,7 +16,7 @@ from scdiva.tasks import augment as task
 from scdiva.tasks.scdiffusion import fit_scdiffusion
 
 SMALL = ScDiffusionConfig(n_latent=6, n_hidden=32, width=48, n_blocks=2, classifier_width=24)
-SHORT = ("autoencoder.training.max_steps=150", "denoiser.training.max_steps=500", "denoiser.optim.lr=3e-3")
+SHORT = ("autoencoder.training.max_steps=600", "denoiser.training.max_steps=500", "denoiser.optim.lr=3e-3")
 
 
 @pytest.fixture(scope="module")
