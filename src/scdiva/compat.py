@@ -4,7 +4,7 @@
 >>> model = ScDiVaModel.from_pretrained("scdiva-blood-tiny")
 >>> latent = model.encode(values)["latent"]  # (n_cells, 41818) log1p(CP10K) in, (n_cells, 128) out
 
-What differs from the published code (methods A.13): a model that cannot be loaded raises instead of being filled with
+What differs from the published code: a model that cannot be loaded raises instead of being filled with
 random weights; the latent is the mean, the same at every call; a task without a trained head raises; input that cannot
 be log-normalised expression raises.
 

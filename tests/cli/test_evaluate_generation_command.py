@@ -71,6 +71,23 @@ def test_a_file_and_python_give_equal_results(app, file, tmp_path, monkeypatch, 
     assert json.loads((out / "report.json").read_text())["runs"] == found["runs"]  # seconds too: nothing ran anew
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--methods", "scdifusion"], ["scdiva, scdiffusion, scdiffusion_parity, scdiffusion_scdiva, ", "multinomial"]),
+        (["--labels-key", "celltype"], ["cell_type, batch"]),
+        (["--labels-key", "celltype", "--generated", "FILE", "--heldout", "FILE"], ["cell_type, batch"]),
+        (["--methods", "scdiva", "--generated", "FILE", "--heldout", "FILE"], ["generated, ", "multinomial"]),
+    ],
+)
+def test_what_is_unknown_is_named_beside_what_there_is_and_leaves_no_folder(options, words, app, file, tmp_path):
+    done = app(file, "--out", tmp_path / "out", *[file if option == "FILE" else option for option in options])
+    assert isinstance(done.exception, ScdivaError)
+    for text in words:
+        assert text in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
 def test_cells_made_elsewhere(app, file, tmp_path, monkeypatch):
     import anndata as ad
 

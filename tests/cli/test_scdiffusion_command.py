@@ -36,6 +36,7 @@ class TestFit:
         for words in ("autoencoder: ", "denoiser: ", "classifier-cell_type: ", "classifier-batch: ", "scdiva generate"):
             assert words in out
         assert str(path) in out
+        assert "--condition 'batch=batch 0' -n 500" in out
 
     @pytest.mark.parametrize(
         ("options", "words"),
@@ -66,6 +67,12 @@ class TestFit:
                    "--condition", "state=left", "--guidance", "state=2")  # fmt: skip
         assert made.code == 0, made.err
         assert ad.read_h5ad(tmp_path / "o.h5ad").obs["state"].tolist() == ["left"] * 3
+        # a condition that only a classifier knows is guided to unasked, and the record says so
+        made = cli("generate", tmp_path / "p.h5ad", "--model", tmp_path / "more" / "bundle", "-n", 3,
+                   "--condition", "state=left")  # fmt: skip
+        assert made.code == 0, made.err
+        scales = ad.read_h5ad(tmp_path / "p.h5ad").uns["scdiva"]["generate"]["classifier_guidance"]
+        assert (scales["field"].tolist(), scales["scale"].tolist()) == (["state"], [1.0])
 
 
 class TestGenerate:
@@ -82,8 +89,9 @@ class TestGenerate:
         assert cells.obs["cell_type"].tolist() == ["type 1"] * 7
         record = cells.uns["scdiva"]["generate"]
         assert (record["sampler"]["method"], record["sampler"]["n_steps"]) == ("ddim", 4)
-        assert record["guidance_weights"] == {"cell_type": 2.0}
-        assert record["classifier_guidance"] == {"cell_type": 1.5}
+        assert (record["guidance_weights"]["field"][0], record["guidance_weights"]["weight"][0]) == ("cell_type", 2.0)
+        scales = record["classifier_guidance"]
+        assert (scales["field"].tolist(), scales["scale"].tolist()) == (["cell_type"], [1.5])
 
     def test_each_label(self, cli, fitted, tmp_path):
         result = cli("generate", tmp_path / "o.h5ad", "--model", fitted[0], "--each", "cell_type", "-n", 2)
@@ -98,6 +106,7 @@ class TestGenerate:
             (("--condition", "tissue=lung"), "cell_type"),
             (("--guidance", "cell_type"), "FIELD=SCALE"),
             (("--guidance", "cell_type=1"), "has no condition"),
+            (("--guidance", "cell_type=1", "--guidance", "cell_type=2"), "--guidance cell_type twice"),
             (("--steps", 5000), "1 to 1000"),
             (("--latent", "null"), "--latent with a model of family scdiffusion"),
             (("--strategy", "random"), "--strategy"),
@@ -198,6 +207,7 @@ class TestInterpolate:
             (bundle, "type 0", (), "family 'scdiva'"),
             (fitted[0], "type 0", ("--weights", "2"), "SOURCE:TARGET"),
             (fitted[0], "type 0", ("--method", "linear", "--from-noise"), "gradient interpolation only"),
+            (fitted[0], "type 0", ("--strength", 4, "--weights", "2:1"), "a strength and weights"),
         ):
             options = ("--model", model, "--source", source, "--target", "type 2", *more)
             result = cli("interpolate", h5ad, tmp_path / "o.h5ad", *options)
@@ -230,6 +240,7 @@ class TestAugment:
             (("--labels-key", "cell_type", "--target", "most"), "N, max, median or TYPE=N"),
             (("--labels-key", "cell_type", "--target", 60, "--target", "max"), "TYPE=N once for each type"),
             (("--labels-key", "cell_type", "--target", "type 7=60"), "type 7"),
+            (("--labels-key", "cell_type", "--target", 60, "--keep-model", "kept"), "only a model that is fitted here"),
         ],
     )
     def test_bad_input_is_one_line_and_writes_nothing(self, options, words, cli, fitted, h5ad, tmp_path):

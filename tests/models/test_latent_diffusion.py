@@ -296,6 +296,7 @@ class TestGuidance:
             ({"sampler": LatentSampler(n_steps=101)}, "1 to 100"),
             ({"sampler": LatentSampler("euler")}, "dpm or ddim or ddpm"),
             ({"sampler": LatentSampler("dpm", eta=0.5)}, "ddim"),
+            ({"sampler": LatentSampler("ddim", 30)}, "30 steps of DDIM.* such as 25 or 50"),
         ):
             with pytest.raises(ConfigError, match=words):
                 model.sample_latents(wanted(3), 400, seeded(), **options)

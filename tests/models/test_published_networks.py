@@ -105,7 +105,7 @@ class TestAutoencoder:
         assert np.abs(z[1:] - z[:-1]).max() > 1e-2
 
     def test_in_training_mode_it_would_depend_on_the_others(self, model, cells):
-        """What the published code does (methods C.3, defect 1), so that the test above can fail."""
+        """What the published code does, so that the test above can fail."""
         autoencoder = build_networks(200, SIZES, LABELS).autoencoder
         objective = PublishedAutoencoderObjective(autoencoder)
         packed = objective.prepare(cells, np.random.default_rng(0))

@@ -9,13 +9,14 @@ import pytest
 
 import scdiva as sd
 from scdiva.config import ScDiffusionConfig
+from scdiva.data.conditions import ConditionLabels
 from scdiva.datasets import synthetic_cells
 from scdiva.errors import ConfigError, KeyNotFoundError, ScdivaError, UnsupportedError
 from scdiva.tasks import augment as task
 from scdiva.tasks.scdiffusion import fit_scdiffusion
 
 SMALL = ScDiffusionConfig(n_latent=6, n_hidden=32, width=48, n_blocks=2, classifier_width=24)
-SHORT = ("autoencoder.training.max_steps=150", "denoiser.training.max_steps=500", "denoiser.optim.lr=3e-3")
+SHORT = ("autoencoder.training.max_steps=600", "denoiser.training.max_steps=500", "denoiser.optim.lr=3e-3")
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +62,10 @@ def test_generated_cells_fill_up_their_type_and_are_marked(augmented, cells):
     assert made.obs[["age", "is_good"]].isna().all().all()
     assert augmented.X.dtype == np.int32
     record = augmented.uns["scdiva"]["augment"]
-    assert record["n_generated"] == {"type 2": 80}
-    assert record["n_real"]["type 2"] == 20
+    assert record["types"] == ["type 0", "type 1", "type 2"]
+    assert record["n_generated"] == [0, 0, 80]
+    assert record["n_real"][2] == 20
+    assert record["target"][2] == 100
     assert not record["fitted_here"]
 
 
@@ -133,6 +136,18 @@ def test_the_result_can_be_written_and_is_not_augmented_again(augmented, model, 
         sd.tl.augment(tmp_path / "a.h5ad", "cell_type", target=500, model=model)
 
 
+def test_the_record_keeps_labels_with_a_slash(model, cells, tmp_path, monkeypatch):
+    """A key with "/" would be a group of the file."""
+    slashed = cells.copy()
+    slashed.obs["cell_type"] = slashed.obs["cell_type"].astype(str).str.replace("type 2", "NK/T cell")
+    labels = ConditionLabels.from_dict({"cell_type": ["type 0", "type 1", "NK/T cell"]})
+    monkeypatch.setattr(model, "labels", labels)
+    out = sd.tl.augment(slashed, "cell_type", target={"NK/T cell": 25}, model=model)
+    out.write_h5ad(tmp_path / "a.h5ad")
+    record = ad.read_h5ad(tmp_path / "a.h5ad").uns["scdiva"]["augment"]
+    assert dict(zip(record["types"], record["n_generated"], strict=True)) == {"NK/T cell": 5, "type 0": 0, "type 1": 0}
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
@@ -143,12 +158,13 @@ def test_the_result_can_be_written_and_is_not_augmented_again(augmented, model, 
         ({"target": 2}, ConfigError, "no type of cell_type is below the target; the rarest is type 2 with 20"),
         ({"label_key": "batch", "target": 500}, UnsupportedError, "takes no condition batch"),
         ({"seed": -1}, ConfigError, "seed"),
+        ({"model": None, "weight": -1.0}, ConfigError, "guidance weight -1.0"),
     ],
 )
 def test_refused(options, error, words, model, cells):
-    given = {"label_key": "cell_type", "target": 100, **options}
+    given = {"label_key": "cell_type", "target": 100, "model": model, **options}
     with pytest.raises(error, match=words):
-        sd.tl.augment(cells, given.pop("label_key"), model=model, **given)
+        sd.tl.augment(cells, given.pop("label_key"), **given)
 
 
 def test_types_of_a_few_cells_or_unknown_to_the_model_are_refused_by_name(model, cells):

@@ -132,6 +132,12 @@ class TestPaths:
         assert (record["method"], record["field"], record["start_time"]) == ("slerp", "cell_type", 0.5)
         assert "weights" not in record
 
+    @pytest.mark.parametrize(("schedule", "time", "method"), [("cosine", 0.9, "dpm"), ("linear", 0.6, "ddpm")])
+    def test_what_is_left_out_goes_by_the_schedule(self, schedule, time, method, model, cells, monkeypatch):
+        monkeypatch.setattr(model, "config", model.config.model_copy(update={"schedule": schedule, "n_times": 50}))
+        record = between(model, cells, n_cells=2, steps=2).uns["scdiva"]["interpolate"]
+        assert (record["start_time"], record["sampler"]["method"]) == (time, method)
+
 
 class TestParts:
     def test_weights_fall_and_rise(self):
@@ -181,6 +187,9 @@ class TestRefused:
             ({"method": "slerp", "from_noise": True}, ConfigError, "gradient interpolation only"),
             ({"from_noise": True, "start_time": 0.5}, ConfigError, "one of the two"),
             ({"weights": [(1, 1)]}, ConfigError, "5 pairs"),
+            ({"weights": [(1, 2), (1,)]}, ConfigError, "5 pairs"),
+            ({"weights": [(1, 1)] * 5, "strength": 4.0}, ConfigError, "one of the two"),
+            ({"sampler": sd.Sampler()}, ConfigError, "LatentSampler"),
             ({"weights": [(0, 0)] * 5}, ConfigError, "both weights are 0"),
             ({"weights": [(-1, 1)] * 5}, ConfigError, "0 or more"),
         ],

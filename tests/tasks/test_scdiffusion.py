@@ -150,8 +150,8 @@ class TestGenerate:
         assert cells.obsm["X_scdiffusion"].shape == (20, 6)
         assert "log1p_cp10k" in cells.layers
         record = cells.uns["scdiva"]["generate"]
-        assert record["guidance_weights"] == {"cell_type": 2.0}
-        assert record["classifier_guidance"] == {"cell_type": 0.5}
+        assert record["guidance_weights"] == {"field": ["cell_type"], "weight": [2.0]}
+        assert record["classifier_guidance"] == {"field": ["cell_type"], "scale": [0.5]}
         assert record["sampler"] == {"method": "dpm", "n_steps": 25, "eta": 0.0}
         assert record["seed"] == 4
         assert record["model_hash"] == model.bundle_hash
@@ -201,7 +201,9 @@ class TestGenerate:
             ({"condition": {"tissue": "lung"}}, KeyNotFoundError, "cell_type"),
             ({"weight": -1.0}, ConfigError, "0 or more"),
             ({"condition": None, "weight": {"cell_type": 2.0}}, ConfigError, "has no condition"),
+            ({"condition": None, "weight": 2.0}, ConfigError, "without a condition"),
             ({"guidance": {"tissue": 2.0}}, KeyNotFoundError, "tissue"),
+            ({"guidance": 2.0}, ConfigError, "a scale by field"),
             ({"n_umis": 0}, ConfigError, "smallest 0"),
             ({"n_genes": 5}, UnsupportedError, "n_genes"),
             ({"latent": "null"}, UnsupportedError, "latent"),

@@ -58,8 +58,9 @@ def augment(
     )
     write_adata(out, cells)
     record = cells.uns["scdiva"]["augment"]
-    for name, n in record["n_generated"].items():
-        typer.echo(f"{name}: {record['n_real'][name]:,} real and {n:,} generated cells")
+    for name, n_real, n in zip(record["types"], record["n_real"], record["n_generated"], strict=True):
+        if n:
+            typer.echo(f"{name}: {n_real:,} real and {n:,} generated cells")
     for note in record["notes"]:
         typer.echo(f"note: {note}")
     typer.echo(f'{out}: {cells.n_obs:,} cells, {cells.n_vars:,} genes; .obs["scdiva_synthetic"] tells which are which')

@@ -57,7 +57,17 @@ def evaluate_generation(
         )
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file", expected="a folder", fix="name another one with --out")
+    from scdiva.data.source import open_source
     from scdiva.tasks import evaluate_generation as task
+
+    # before there is a folder: known_cells keeps no other column that an error could name
+    for cells in (file, heldout, generated):
+        if cells is not None:
+            open_source(cells).column(labels_key)
+    if generated is not None:
+        task.chosen_methods(["generated"], methods)
+    else:
+        task.chosen_methods(["scdiva"] if methods is None else task.GENERATORS, methods)
 
     shared: dict[str, Any] = {
         "labels_key": labels_key,

@@ -84,7 +84,10 @@ def generate(
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Generate cells: integer counts of named genes under stated conditions. The same command again resumes."""
+    """Generate cells: integer counts of named genes under stated conditions.
+
+    The same command again resumes; cells of an scDiffusion model, which are drawn in seconds, begin anew.
+    """
     size = parse_batch_size(batch_size)
     from scdiva.data.output import check_output
     from scdiva.diffusion.samplers import Sampler
@@ -193,6 +196,8 @@ def _scales(entries: list[str]) -> dict[str, float]:
     scales: dict[str, float] = {}
     for entry in entries:
         field, _, text = entry.partition("=")
+        if field.strip() in scales:
+            raise ConfigError(f"--guidance {field.strip()} twice", expected="one scale per field", fix="leave one out")
         try:
             scales[field.strip()] = float(text)
         except ValueError:

@@ -31,9 +31,13 @@ def interpolate(
     n_cells: Annotated[int, typer.Option("-n", "--n-cells", min=1, help="Paths: cells at each position.")] = 100,
     start_time: Annotated[
         float | None,
-        typer.Option("--start-time", help="How far cells are noised, up to 1; 0.9 for gradient, 0.5 for slerp."),
+        typer.Option(
+            "--start-time", help="How far cells are noised, up to 1; 0.9 (parity: 0.6) for gradient, 0.5 for slerp."
+        ),
     ] = None,
-    strength: Annotated[float, typer.Option("--strength", help="gradient: sum of the two weights.")] = 4.0,
+    strength: Annotated[
+        float | None, typer.Option("--strength", help="gradient: sum of the two weights; 4 if left out.")
+    ] = None,
     weights: Annotated[
         list[str] | None,
         typer.Option(
@@ -46,8 +50,9 @@ def interpolate(
         bool, typer.Option("--from-noise", help="gradient: start from noise, with the UMIs of the source cells.")
     ] = False,
     sampler: Annotated[
-        Literal["dpm", "ddim", "ddpm"], typer.Option("--sampler", help="DPM-Solver++, DDIM or DDPM.")
-    ] = "dpm",
+        Literal["dpm", "ddim", "ddpm"] | None,
+        typer.Option("--sampler", help="DPM-Solver++ (default), DDIM, or DDPM (default of parity)."),
+    ] = None,
     layer: LayerOption = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Equal seeds give equal cells.")] = 0,
     device: DeviceOption = "auto",
@@ -74,7 +79,7 @@ def interpolate(
         strength=strength,
         weights=pairs,
         from_noise=from_noise,
-        sampler=LatentSampler(sampler),
+        sampler=None if sampler is None else LatentSampler(sampler),
         layer=layer,
         seed=seed,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -141,5 +142,7 @@ def _tell(fitted: FittedScDiffusion) -> None:
             "UMIs are in genes that it does not know, and are left out"
         )
     fields = fitted.model.labels.fields
-    wanted = f' --condition {fields[-1]}="{fitted.model.labels.labels(fields[-1])[0]}"' if fields else ""
-    typer.echo(f"next:  scdiva generate OUT.h5ad --model {fitted.path}{wanted} -n 500")
+    words = ["scdiva", "generate", "OUT.h5ad", "--model", str(fitted.path)]
+    if fields:
+        words += ["--condition", f"{fields[-1]}={fitted.model.labels.labels(fields[-1])[0]}"]
+    typer.echo(f"next:  {shlex.join([*words, '-n', '500'])}")

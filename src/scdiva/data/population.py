@@ -40,7 +40,7 @@ class DrawnSizes:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CellSizes:
-    """Sizes of a random choice of training cells: an empirical joint distribution (methods B.6; our decision).
+    """Sizes of a random choice of training cells: an empirical joint distribution (our decision).
 
     Parameters
     ----------

@@ -3,9 +3,9 @@
 The absorbing process hides each token with probability t. Here the *number* of hidden tokens is drawn first and the
 tokens then, uniformly: m = floor(t n) + 1 of n tokens with t ~ U(0, 1) makes m uniform on 1..n, and the mean of the
 cross-entropy over hidden tokens is then an unbiased estimate of the negative ELBO per token, with less variance than
-independent coins (methods B.1; LLaDA evaluates likelihoods so).
+independent coins (as LLaDA evaluates likelihoods).
 
-Two levels (methods B.5, our decision): a gene may be hidden together with its value, or only its value. A value is
+Two levels (our decision): a gene may be hidden together with its value, or only its value. A value is
 never visible where its gene is hidden.
 
 Shape letters: B cells, N tokens of all cells together.

@@ -3,11 +3,12 @@
 All hidden genes of a set share one predictive distribution: with m of them still hidden, gene g is among them with
 probability p_g (the p_g sum to m), and one hidden gene is g with probability p_g / m. A sampler repeats: predict, draw
 some of the hidden genes, draw their counts. It knows the network only as a function ``predict``, holds no gene twice by
-construction, and draws all noise in float64: float32 noise truncates tails and makes cells too typical (methods B.3).
+construction, and draws all noise in float64: float32 noise truncates tails and makes cells too typical (arXiv
+2409.02908).
 
 =================  ================================================================================================
 ``random``         exact numbers: after each step as many genes are hidden as the grid says; which are revealed is
-                   random (methods B.4, 2). The default.
+                   random. The default.
 ``confidence``     exact numbers; all hidden genes are drawn, and those are kept that were most probable, with Gumbel
                    noise that fades (MaskGIT). Greedy: cells come out too typical.
 ``ancestral``      each hidden gene is revealed with probability (t - s) / t: the reverse process itself (MDLM).
@@ -178,7 +179,7 @@ def _step(
         if sampler.strategy == "random":
             return _reveal(prediction, state, k_B, generator)
         return _reveal_confident(prediction, state, k_B, sampler.selection_noise * t, generator)
-    # alpha = 1 - t; remasking of sigma of the visible needs as many more reveals (ReMDM, methods B.4)
+    # alpha = 1 - t; remasking of sigma of the visible needs as many more reveals (ReMDM)
     sigma = min(sampler.remask, 1.0, s / (1.0 - t) if t < 1.0 else 1.0) if s > 0 else 0.0
     # rounding must not leave anything hidden in the last step
     probability = min(1.0, ((1.0 - s) - (1.0 - sigma) * (1.0 - t)) / t) if s > 0 else 1.0

@@ -1,7 +1,7 @@
 """Reverse samplers of the sequence layout: from hidden places to genes with counts, one gene per place.
 
 The counterpart of :mod:`scdiva.diffusion.samplers` for models whose tokens have places. Each hidden place has a
-distribution of its own, and two places may draw the same gene. Collisions are resolved after methods B.6: each place
+distribution of its own, and two places may draw the same gene. How collisions are resolved is our decision: each place
 draws by itself, draws are sorted by confidence, the first place keeps the gene, and the losers stay hidden for the next
 step. Genes that are visible have no mass, so that no gene is ever there twice. What is still hidden in the last step is
 drawn without replacement: losers draw again without the genes that are taken, until none is left (our decision; an
@@ -17,7 +17,7 @@ After each step as many places are hidden as the grid says, and the losers of co
 ``ancestral``, remasking and Gibbs rounds are for sets: their rates would be those of a process without collisions.
 
 A row of all genes exists for a few hundred places at a time only: a prediction is a function of places (38 GB of logits
-otherwise, methods A.6). Noise and probabilities are float64, as for sets (methods B.3).
+otherwise). Noise and probabilities are float64, as for sets.
 
 Shape letters: B cells, L places, G genes, X some places of all cells together.
 """

@@ -77,8 +77,9 @@ def augment(
         The real cells in their order, then generated ones, named ``scdiva_synthetic_0`` and so on, type by type. X:
         int32 raw counts over the genes of the data that the model knows, under their names in the data.
         ``.obs["scdiva_synthetic"]`` tells which are generated; these have a type and are NaN in every other column.
-        ``.uns["scdiva"]["augment"]``: model, hash, real and generated cells of each type, notes. Layers, embeddings
-        and graphs of the data are left out, because generated cells have none.
+        ``.uns["scdiva"]["augment"]``: model, hash, notes, and lists in the same order: ``types``, ``n_real``,
+        ``target`` and ``n_generated``. Layers, embeddings and graphs of the data are left out, because generated cells
+        have none.
 
     Raises
     ------
@@ -86,7 +87,8 @@ def augment(
         No such column, or a type in ``target`` that no cell has.
     ConfigError
         A target below 1 or of a kind that is not known; nothing to fill up; types of fewer than :data:`MIN_CELLS` cells
-        where a model would be fitted; cells that are generated already.
+        where a model would be fitted; cells that are generated already; an impossible weight or seed; both ``model``
+        and ``out_dir``.
     UnsupportedError
         The model does not take ``label_key`` as a condition, or does not know a type that is to be filled up.
     SourceError, ScaleError, GeneError, OutputError, TrainingError, NonFiniteLossError
@@ -103,11 +105,20 @@ def augment(
             expected="real cells: a model of generated cells learns its own mistakes",
             fix="leave them out, or augment the file they were added to",
         )
+    if not (np.isfinite(weight) and weight >= 0):
+        raise ConfigError(f"guidance weight {weight} of {label_key}", expected="0 or more", fix="1 is plain")
+    if model is not None and out_dir is not None:
+        raise ConfigError(
+            f"a model, and a folder to keep a model in ({out_dir})",
+            expected="one of the two: only a model that is fitted here is kept",
+            fix="leave the folder out (--keep-model)",
+        )
     if seed < 0:
         raise ConfigError(f"seed={seed}", expected="0 or more", fix="name another seed")
     names, sizes = np.unique(label[[not is_missing(text) for text in label]], return_counts=True)
     n_real = {str(name): int(n) for name, n in zip(names, sizes, strict=True)}
-    wanted = _missing_cells(n_real, target, source.name, label_key)
+    goal = _goal(n_real, target, source.name, label_key)
+    wanted = _missing_cells(n_real, goal, source.name, label_key)
     if model is None:
         scarce = [f"{name!r} ({n_real[name]})" for name in wanted if n_real[name] < MIN_CELLS]
         if scarce:
@@ -170,19 +181,21 @@ def augment(
         "fitted_here": is_fitted_here,
         "weights_hash": model.weights_hash(),
         "label_key": label_key,
-        "target": dict(target) if isinstance(target, Mapping) else str(target),
         "seed": seed,
         "weight": float(weight),
-        "n_real": n_real,
-        "n_generated": wanted,
+        # lists and no mapping by type: a "/" in a key would be a group in the file
+        "types": list(n_real),
+        "n_real": list(n_real.values()),
+        "target": [goal.get(name, n) for name, n in n_real.items()],
+        "n_generated": [wanted.get(name, 0) for name in n_real],
         "notes": notes,
     }
     x = sp.csr_matrix(sp.vstack([real[:, genes], sp.csr_matrix(made.X)[:, genes]], format="csr"), dtype=np.int32)
     return ad.AnnData(X=x, obs=obs, var=var, uns={"scdiva": {"augment": record}})
 
 
-def _missing_cells(n_real: Mapping[str, int], target: Target, name: str, label_key: str) -> dict[str, int]:
-    """Return how many cells each type lacks; only types that lack some."""
+def _goal(n_real: Mapping[str, int], target: Target, name: str, label_key: str) -> dict[str, int]:
+    """Return how many cells each type is to have; types that stay as they are may be left out."""
     if not n_real:
         raise KeyNotFoundError(
             f"no cell of {name} has a {label_key}", expected="a column of types", fix="name another column"
@@ -207,7 +220,12 @@ def _missing_cells(n_real: Mapping[str, int], target: Target, name: str, label_k
     low = [value for value in goal.values() if isinstance(value, bool) or int(value) != value or value < 1]
     if low:
         raise ConfigError(f"target={low[0]}", expected="whole numbers of at least 1", fix="name another target")
-    wanted = {key: int(goal[key]) - n for key, n in n_real.items() if key in goal and goal[key] > n}
+    return {key: int(value) for key, value in goal.items()}
+
+
+def _missing_cells(n_real: Mapping[str, int], goal: Mapping[str, int], name: str, label_key: str) -> dict[str, int]:
+    """Return how many cells each type lacks; only types that lack some."""
+    wanted = {key: goal[key] - n for key, n in n_real.items() if goal.get(key, 0) > n}
     if not wanted:
         rarest = min(n_real, key=lambda key: n_real[key])
         raise ConfigError(

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -279,7 +279,7 @@ def evaluate_generation(
         A generator broke its word, or the controls are out of order (:func:`check_controls`).
     """
     own = dict(generators or {})
-    chosen = _chosen_methods(own, methods)
+    chosen = chosen_methods(own, methods)
     if not 0 < train_fraction < 1 or not seeds:
         raise ConfigError(
             f"train_fraction={train_fraction}, {len(seeds)} seeds",
@@ -371,7 +371,7 @@ def evaluate_generated(
             of_type = rng.permutation(np.flatnonzero(train.cells.labels == label))
             is_sample[of_type[: min(n, of_type.size // 2)]] = True
         splits[seed] = Split(rows[:n_train], rows[n_train:], is_sample)
-    chosen = _chosen_methods({name: None}, None if methods is None else [name, *methods])
+    chosen = chosen_methods({name: None}, None if methods is None else [name, *methods])
     fixed = _Fixed(cells, n_absent)
     return _evaluate(
         both, splits, {name: fixed}, chosen, labels_key, n_trees, min_cells_per_type, rows_path, cells_folder, on_row
@@ -385,6 +385,8 @@ _FACTORIES = {
     "scdiffusion_scdiva": "scdiva.tasks.scdiva_latent:scdiffusion_scdiva_generator",
     "scdiffusion_scdiva_masked": "scdiva.tasks.scdiva_latent:scdiffusion_scdiva_masked_generator",
 }
+GENERATORS = tuple(_FACTORIES)
+"""Generators of the package, by name."""
 
 
 def generator_of(name: str, *arguments: Any, **options: Any) -> Generator:
@@ -410,7 +412,7 @@ def generator_of(name: str, *arguments: Any, **options: Any) -> Generator:
     if not module or find_spec(module) is None:
         raise UnsupportedError(
             f"this version has no generator {name!r}",
-            expected=f"one of {', '.join(METHODS)}, or a generator of your own in Python",
+            expected=f"one of {', '.join((*GENERATORS, *METHODS))}, or a generator of your own in Python",
             fix="name the methods to run: --methods multinomial ...",
         )
     made: Generator = getattr(import_module(module), factory)(*arguments, **options)
@@ -656,7 +658,23 @@ def _refuse_duplicates(names: NDArray[np.str_], where: str) -> None:
         )
 
 
-def _chosen_methods(own: Mapping[str, Any], methods: Sequence[str] | None) -> tuple[str, ...]:
+def chosen_methods(own: Collection[str], methods: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the methods to run.
+
+    Parameters
+    ----------
+    own
+        Names of generators that there are beside :data:`METHODS`.
+    methods
+        What is asked for; None: all.
+
+    Raises
+    ------
+    ConfigError
+        An unknown method, or a generator with the name of another.
+    UnsupportedError
+        scVI is asked for and not installed.
+    """
     reserved = (*METHODS, "train", "heldout")  # the latter two are names of files beside the cells
     taken = sorted(set(own) & set(reserved))
     if taken:

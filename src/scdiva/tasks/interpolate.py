@@ -19,6 +19,7 @@ from scdiva.data.source import open_source
 from scdiva.errors import ConfigError, KeyNotFoundError, UnsupportedError
 from scdiva.models.scdiffusion import LatentSampler, ScDiffusion
 from scdiva.tasks.generate import annotate_cells
+from scdiva.tasks.latent_generation import checked_sampler
 from scdiva.types import CellCounts
 
 if TYPE_CHECKING:
@@ -28,10 +29,11 @@ if TYPE_CHECKING:
 
 InterpolationMethod = Literal["gradient", "slerp", "linear"]
 METHODS: tuple[str, ...] = ("gradient", "slerp", "linear")
-START_TIME = {"gradient": 0.9, "slerp": 0.5}
-"""How far real cells are noised if nothing else is said. 0.9 leaves 2.5 % of the variance to the signal, as the
-published 600 of 1,000 steps of a linear schedule do (methods C.1); 0.5 was chosen on two sets
-(docs/results/scdiffusion_paths.md)."""
+START_TIME = {"cosine": 0.9, "linear": 0.6}
+"""How far the source cells of "gradient" are noised if nothing else is said, by schedule. 0.6 is published (Luo et al.
+2024); 0.9 of the cosine schedule leaves the signal as much of the variance, 2.5 %."""
+SLERP_START_TIME = 0.5
+"""The same for "slerp"; chosen on two sets (docs/results/scdiffusion_paths.md)."""
 STRENGTH = 4.0
 """Sum of the two weights of gradient interpolation; with the published 2 paths end short of real cells of the target
 (our decision, same place)."""
@@ -41,7 +43,7 @@ _PAIRS, _LATENT, _COUNTS = 11, 12, 13  # tags of the random streams
 def linear_weights(steps: int, strength: float) -> NDArray[np.float64]:
     """Return the usual weights of source and target at each position, ``(steps, 2)``: s (1 - p) and s p.
 
-    Source: methods C.1, where the sum s is 2 and there are 11 steps.
+    Source: Luo et al. 2024, where the sum s is 2 and there are 11 steps.
     """
     position = np.linspace(0.0, 1.0, steps)
     return np.asarray(strength * np.stack([1.0 - position, position], axis=1))
@@ -93,7 +95,7 @@ def interpolate(
     steps: int = 11,
     n_cells: int = 100,
     start_time: float | None = None,
-    strength: float = STRENGTH,
+    strength: float | None = None,
     weights: Sequence[tuple[float, float]] | None = None,
     from_noise: bool = False,
     sampler: LatentSampler | None = None,
@@ -104,7 +106,7 @@ def interpolate(
 
     Every path starts from a real cell of the source, and has a cell at each position from 0 to 1.
 
-    *gradient*: Gradient Interpolation (methods C.1, C.4). The source cell's z is noised to ``start_time``; on the way
+    *gradient*: Gradient Interpolation (Luo et al. 2024). The source cell's z is noised to ``start_time``; on the way
     back the classifier of the field pulls towards both labels, with the weights of the position.
 
     *slerp*: the source cell and a target cell are noised with the same noise to ``start_time``; their spherical
@@ -136,16 +138,16 @@ def interpolate(
         Paths: cells at each position. Source (and target) cells are chosen at random; they go around if there are
         fewer.
     start_time
-        How far real cells are noised, in (0, 1]; None: :data:`START_TIME`. The more, the freer the path and the less of
-        the start cell is left.
+        How far real cells are noised, in (0, 1]; None: :data:`START_TIME` of the model's schedule, or
+        :data:`SLERP_START_TIME`. The more, the freer the path and the less of the start cell is left.
     strength
-        gradient: sum of the two weights.
+        gradient: sum of the two weights; None: :data:`STRENGTH`.
     weights
         gradient: weight of source and target at each position, in the place of :func:`linear_weights`.
     from_noise
         gradient: start from noise; of the source cells only the UMIs are used.
     sampler
-        How z is drawn.
+        How z is drawn; None: the model's usual sampler.
     layer
         Where the counts are; found if left out.
     seed
@@ -179,9 +181,9 @@ def interpolate(
             expected="a latent diffusion",
             fix="fit one (scdiva scdiffusion fit)",
         )
-    sampler = sampler or model.default_sampler
-    sampler.check(model.config.n_times)
+    sampler = checked_sampler(model, sampler)
     _check(source, target, method, steps, n_cells, start_time, strength, weights, from_noise, seed)
+    strength = STRENGTH if strength is None else strength
     field = field or _field_of(model, source, target, method)
     pulls = _pulls(model, field, source, target, weights, steps, strength) if method == "gradient" else None
     opened = open_source(data)
@@ -200,8 +202,9 @@ def interpolate(
         ends[1], pair[1], depths[1] = ends[1][order], pair[1].take(order), depths[1][order]
     depth = np.minimum(*depths) if method == "linear" else depths[0]
     positions = np.linspace(0.0, 1.0, steps)
-    time = START_TIME.get(method, 0.0) if start_time is None else start_time
-    drawing = _Drawing(model, sampler, depth, seed, None if from_noise else time)
+    if start_time is None:
+        start_time = START_TIME[model.config.schedule] if method == "gradient" else SLERP_START_TIME
+    drawing = _Drawing(model, sampler, depth, seed, None if from_noise else start_time)
     counts, latents = [], []
     z = [] if method == "linear" or from_noise else [model.encode(cells) for cells in pair]
     for i, position in enumerate(positions):
@@ -231,7 +234,7 @@ def interpolate(
     }  # fmt: skip
     if method != "linear":
         record["start"] = "noise" if from_noise else "given cells"
-        record["start_time"] = 1.0 if from_noise else time
+        record["start_time"] = 1.0 if from_noise else start_time
         record["sampler"] = {**dataclasses.asdict(sampler), "n_steps": sampler.steps(model.config.n_times)}
     if method == "gradient":
         record["weights"] = _weights(weights, steps, strength)
@@ -274,12 +277,17 @@ def _check(
     steps: int,
     n_cells: int,
     start_time: float | None,
-    strength: float,
+    strength: float | None,
     weights: Sequence[tuple[float, float]] | None,
     from_noise: bool,
     seed: int,
 ) -> None:
-    table = np.asarray([(1.0, 1.0)] if weights is None else weights, dtype=np.float64)
+    try:
+        table = np.asarray([(1.0, 1.0)] if weights is None else weights, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"weights={weights!r}", expected=f"{steps} pairs of numbers", fix="see scdiva interpolate --help"
+        ) from None
     for is_wrong, found, expected in (
         (method not in METHODS, f"method={method!r}", " or ".join(METHODS)),
         (source == target, f"from {source} to {target}", "two different labels"),
@@ -287,7 +295,8 @@ def _check(
         (n_cells < 1, f"n_cells={n_cells}", "at least 1"),
         (seed < 0, f"seed={seed}", "0 or more"),
         (start_time is not None and not 0 < start_time <= 1, f"start_time={start_time}", "above 0, at most 1"),
-        (not (np.isfinite(strength) and strength > 0), f"strength={strength}", "above 0"),
+        (strength is not None and not (np.isfinite(strength) and strength > 0), f"strength={strength}", "above 0"),
+        (strength is not None and weights is not None, "a strength and weights", "one of the two"),
         (weights is not None and table.shape != (steps, 2), f"weights of shape {table.shape}", f"{steps} pairs"),
         (not (np.isfinite(table).all() and (table >= 0).all()), f"weights {table.tolist()}", "0 or more"),
         (
@@ -297,7 +306,7 @@ def _check(
         ),
         (from_noise and start_time is not None, "a start time and a start from noise", "one of the two"),
         (
-            method != "gradient" and (from_noise or weights is not None or strength != STRENGTH),
+            method != "gradient" and (from_noise or weights is not None or strength is not None),
             f"from_noise, weights or strength with method={method!r}",
             "these with gradient interpolation only",
         ),

@@ -117,12 +117,7 @@ def plan_latent_cells(
         raise ConfigError(f"n_cells={n}", expected="at least 1", fix="say how many cells are wanted")
     if seed < 0:
         raise ConfigError(f"seed={seed}", expected="0 or more", fix="name another seed")
-    sampler = sampler or model.default_sampler
-    if not isinstance(sampler, LatentSampler):
-        raise ConfigError(
-            f"a sampler of type {type(sampler).__name__}", expected="sd.LatentSampler", fix="leave the sampler out"
-        )
-    sampler.check(model.config.n_times)
+    sampler = checked_sampler(model, sampler)
     check_sizes("n_umis", n_umis, n)
     wanted = [field for i, field in enumerate(model.labels.fields) if codes[:, i].any()]
     if isinstance(weight, Mapping):
@@ -131,12 +126,22 @@ def plan_latent_cells(
         weights = {}
     else:
         weights = {field: float(weight) for field in wanted if field in model.config.fields}
-        if wanted and not weights:
+        if not wanted:
+            raise ConfigError(
+                f"weight={weight} without a condition",
+                expected="a weight of wanted fields",
+                fix="add a condition, or leave the weight out",
+            )
+        if not weights:
             raise ConfigError(
                 f"weight={weight} of {', '.join(wanted)}, which the denoiser was not trained with",
                 expected="fields of the denoiser",
                 fix="use guidance by a classifier for these fields",
             )
+    if guidance is not None and not isinstance(guidance, Mapping):
+        raise ConfigError(
+            f"guidance={guidance!r}", expected="a scale by field", fix='for example guidance={"cell_type": 1}'
+        )
     scales = dict(guidance or {})
     for field in (*weights, *scales):
         model.labels.labels(field)
@@ -156,6 +161,23 @@ def plan_latent_cells(
     # impossible weights are refused before anything is drawn
     model.check_guidance(weights, scales)
     return plan
+
+
+def checked_sampler(model: ScDiffusion, sampler: LatentSampler | None) -> LatentSampler:
+    """Return a sampler that the model can be drawn with; its usual one if none is given.
+
+    Raises
+    ------
+    ConfigError
+        It is no sampler of z, or its numbers are impossible.
+    """
+    sampler = model.default_sampler if sampler is None else sampler
+    if not isinstance(sampler, LatentSampler):
+        raise ConfigError(
+            f"a sampler of type {type(sampler).__name__}", expected="sd.LatentSampler", fix="leave the sampler out"
+        )
+    sampler.check(model.config.n_times)
+    return sampler
 
 
 def draw_latent_cells(model: ScDiffusion, plan: LatentPlan, group: int) -> tuple[sp.csr_matrix, NDArray[np.float32]]:
@@ -253,7 +275,13 @@ def generate_latent_file(
 
 
 def latent_record(model: ScDiffusion, plan: LatentPlan) -> dict[str, Any]:
-    """Return what was asked of what, for ``.uns``."""
+    """Return what was asked of what, for ``.uns``.
+
+    Fields and their numbers are two lists and no mapping: a "/" in a key would be a group in the file. Guidance by
+    classifiers is what is applied, that which was not asked for (of fields that only a classifier knows) included.
+    """
+    wanted = [field for i, field in enumerate(model.labels.fields) if plan.condition[:, i].any()]
+    scales = {field: scale for field, scale in model.guidance_scales(plan.guidance).items() if field in wanted}
     sampler = {**dataclasses.asdict(plan.sampler), "n_steps": plan.sampler.steps(model.config.n_times)}
     return {
         **model.provenance,
@@ -262,8 +290,8 @@ def latent_record(model: ScDiffusion, plan: LatentPlan) -> dict[str, Any]:
         "sampler": sampler,
         "latent": "latent diffusion",
         "decoder": "autoencoder" if model.codec is None else plan.decoder,
-        "guidance_weights": {field: float(value) for field, value in plan.weight.items()},
-        "classifier_guidance": {field: float(value) for field, value in plan.guidance.items()},
+        "guidance_weights": {"field": list(plan.weight), "weight": [float(value) for value in plan.weight.values()]},
+        "classifier_guidance": {"field": list(scales), "scale": list(scales.values())},
         "notes": list(plan.notes),
     }
 

@@ -40,7 +40,7 @@ from scdiva.types import CellCounts
 BatchSize = int | Literal["auto"]
 
 MASK_RATIOS = (0.15, 0.5, 0.7, 0.9, 0.95, 1.0)
-"""Shares of hidden tokens (methods D.2)."""
+"""Shares of hidden tokens (our decision)."""
 
 COPY, POPULATION, NEIGHBOURS = "copy: hidden places left empty", "population frequency", f"kNN-{N_NEIGHBOURS}"
 LABEL, NULL = "same label (told the label)", "random genes (null)"

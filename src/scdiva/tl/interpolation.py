@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from scdiva.tasks.interpolate import STRENGTH, InterpolationMethod
+from scdiva.tasks.interpolate import InterpolationMethod
 from scdiva.tasks.interpolate import interpolate as _interpolate
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def interpolate(
     field: str | None = None,
     n_cells: int = 100,
     start_time: float | None = None,
-    strength: float = STRENGTH,
+    strength: float | None = None,
     weights: Sequence[tuple[float, float]] | None = None,
     from_noise: bool = False,
     sampler: LatentSampler | None = None,
@@ -53,15 +53,16 @@ def interpolate(
     n_cells
         Paths: cells at each position.
     start_time
-        How far real cells are noised, in (0, 1]; None: 0.9 for "gradient", 0.5 for "slerp".
+        How far real cells are noised, in (0, 1]; None: for "gradient" 0.9, or 0.6 with a linear schedule
+        (published networks); 0.5 for "slerp".
     strength
-        gradient: sum of the weights of the two labels.
+        gradient: sum of the weights of the two labels; None: 4.
     weights
         gradient: weights of source and target at each position; None: they fall and rise linearly.
     from_noise
         gradient: start from noise; of the source cells only the UMIs are used.
     sampler
-        How z is drawn.
+        How z is drawn; None: the model's usual sampler.
     layer
         Where the counts are; found if left out.
     seed

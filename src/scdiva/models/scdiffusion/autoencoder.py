@@ -70,11 +70,11 @@ class SparseCells:
 
 
 class Autoencoder(nn.Module):
-    """Encoder on log1p(CP10K), decoder to a negative binomial for every gene (methods C.4).
+    """Encoder on log1p(CP10K), decoder to a negative binomial for every gene (our decision).
 
     ``mu = depth * softmax(f(z))`` with one dispersion per gene. There is LayerNorm and no BatchNorm: a cell's z, and
-    what is decoded from it, depend on that cell alone (methods C.3, defect 1). The decoder's last layer is zero at the
-    start, so training begins at the mean profile.
+    what is decoded from it, depend on that cell alone (not so in the published code). The decoder's last layer is
+    zero at the start, so training begins at the mean profile.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ class Autoencoder(nn.Module):
         Mean log1p(CP10K) of the training cells, taken off what the encoder reads.
     latent_mean_Z, latent_std_Z
         Of the training cells' raw z; :meth:`encode` standardises by them, so that the noise of the diffusion, which has
-        variance 1, meets a signal of variance 1 (methods C.3, defect 3).
+        variance 1, meets a signal of variance 1 (in the published code it does not).
     """
 
     centre_G: torch.Tensor

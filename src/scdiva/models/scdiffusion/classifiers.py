@@ -12,7 +12,7 @@ from scdiva.models.scdiffusion.denoiser import time_embedding
 
 
 class LatentClassifier(nn.Module):
-    """Label of a condition field from noised z at any time (methods C.1, C.4).
+    """Label of a condition field from noised z at any time (after Luo et al. 2024).
 
     LayerNorm, not BatchNorm; trained at all noise levels, as guidance asks it at all of them. It reads z alone: it can
     be added to a model whose denoiser never heard of the field.

@@ -46,7 +46,7 @@ class AdaptiveBlock(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Predicts the velocity of noised z (methods C.4).
+    """Predicts the velocity of noised z (our decision).
 
     Time, log depth and conditions are added up into one context. Each condition field has a table whose row 0 stands
     for "not known": with row 0 everywhere the prediction is unconditional.

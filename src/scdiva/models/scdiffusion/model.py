@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -479,7 +479,7 @@ class ScDiffusion(PretrainedModel):
         n = condition.shape[0]
         column = {field: i for i, field in enumerate(self.labels.fields)}
         told = [column[field] for field in self.config.fields]
-        scale = self._guidance(guidance or {}, pull or {})
+        scale = self.guidance_scales(guidance or {}, pull or ())
         guides = []
         for field, classifier in zip(self.config.classified, self.networks.classifiers, strict=True):
             assert isinstance(classifier, AnyClassifier)
@@ -520,7 +520,7 @@ class ScDiffusion(PretrainedModel):
             A weight for a field the denoiser does not take, guidance without a classifier, or impossible numbers.
         """
         self._weights(weight)
-        self._guidance(guidance, {})
+        self.guidance_scales(guidance)
 
     def _weights(self, weight: Mapping[str, float]) -> list[float]:
         for field, value in weight.items():
@@ -534,7 +534,23 @@ class ScDiffusion(PretrainedModel):
                 raise ConfigError(f"guidance weight {value} of {field}", expected="0 or more", fix="1 is plain")
         return [float(weight.get(field, 1.0)) for field in self.config.fields]
 
-    def _guidance(self, guidance: Mapping[str, float], pull: Mapping[str, Any]) -> dict[str, float]:
+    def guidance_scales(self, guidance: Mapping[str, float], pull: Collection[str] = ()) -> dict[str, float]:
+        """Return the scale of classifier guidance of each field: what was asked for, and what is implied.
+
+        A field that only a classifier knows gets ``config.guidance`` if nothing is asked for.
+
+        Parameters
+        ----------
+        guidance
+            Scale by field.
+        pull
+            Fields whose classifier is told otherwise what to pull towards; they get no scale.
+
+        Raises
+        ------
+        ConfigError
+            A field without a classifier, or an impossible scale.
+        """
         for field in (*guidance, *pull):
             if field not in self.config.classified:
                 raise ConfigError(

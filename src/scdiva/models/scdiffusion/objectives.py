@@ -38,7 +38,7 @@ GENE_LAYER_RATIO = 0.3
 
 @dataclass(frozen=True, slots=True)
 class TwoViews:
-    """Two halves of the molecules of some cells, one to encode and one to decode, and the codes of their labels."""
+    """Two parts of the molecules of some cells, one to encode and one to decode, and the codes of their labels."""
 
     read: SparseCells
     scored: SparseCells
@@ -54,7 +54,7 @@ class AutoencoderObjective(nn.Module):
 
     Count splitting makes the two views of a cell independent given its state, so z must carry the state and gains
     nothing from carrying the noise; an autoencoder of thousands of cells and genes that is judged on what it read
-    learns the noise by heart (our decision; design 4).
+    learns the noise by heart (our decision).
 
     The weights that belong to single genes, of the decoder's last layer, have a normal prior: what says little of a
     gene leaves it at its mean. They and the first layer of the encoder are trained slower than the rest: most genes are
@@ -160,7 +160,8 @@ class DenoiserObjective(nn.Module):
     """Squared error of velocity or noise, with fields left out at random.
 
     Times weigh as ``min(SNR, 5)`` does in the error of z: ``min(SNR, 5) / (SNR + 1)`` for the velocity, ``min(SNR, 5) /
-    SNR`` for the noise (methods C.4); unweighted as published (methods C.1). Depth is left out (0) as often as a field.
+    SNR`` for the noise (Hang et al. 2023); unweighted as published (Luo et al. 2024). Depth is left out (0) as
+    often as a field.
 
     Parameters
     ----------

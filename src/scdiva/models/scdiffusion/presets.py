@@ -19,4 +19,4 @@ PRESETS: dict[str, ScDiffusionConfig] = {
         guidance=2.0,
     ),
 }
-"""``parity``: networks and process as published (methods C.1); ``native``: ours."""
+"""``parity``: networks and process as published (Luo et al. 2024); ``native``: ours."""

@@ -1,7 +1,7 @@
 """The published networks: autoencoder, denoiser and classifier of Luo et al. (Bioinformatics 2024, btae518).
 
-Layer for layer the networks of methods C.1, with their numbers of parameters; what is different is that batch norms
-never see other cells outside training (methods C.3, defect 1).
+Layer for layer those of the published code, with their numbers of parameters; what is different is that batch norms
+never see other cells outside training (a defect of the published code).
 
 Shape letters: B cells, C classes, D width, F condition fields, G genes, Z latent.
 """
@@ -30,7 +30,7 @@ def _hidden(n_in: int, n_out: int) -> nn.Sequential:
 
 
 class PublishedAutoencoder(nn.Module):
-    """log1p(CP10K) to the unit sphere and back; deterministic, squared error (methods C.1).
+    """log1p(CP10K) to the unit sphere and back; deterministic, squared error (Luo et al. 2024).
 
     z is neither standardised nor of variance 1, as published: each of 128 dimensions has a variance of about 1/128,
     which the noise exceeds from step 23 of 1,000 on. In eval mode each cell's z depends on that cell alone.
@@ -61,7 +61,7 @@ class PublishedAutoencoder(nn.Module):
         """Return what the decoder states, ``(B, G)`` float32 and at least 0: continuous log1p(CP10K).
 
         z is brought back to the unit sphere first, as generated z leaves it and the decoder was trained on it alone
-        (methods C.3, defect 12).
+        (the published code leaves that out).
         """
         return self.decoder(F.normalize(z_BZ, dim=1)).float().relu()
 
@@ -72,7 +72,7 @@ class PublishedAutoencoder(nn.Module):
 
 
 class PublishedAutoencoderObjective(nn.Module):
-    """Mean squared error of log1p(CP10K) of the cells that the encoder has read (methods C.1)."""
+    """Mean squared error of log1p(CP10K) of the cells that the encoder has read (Luo et al. 2024)."""
 
     def __init__(self, autoencoder: PublishedAutoencoder) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def _time_mlp(width: int) -> nn.Sequential:
 
 
 class PublishedDenoiser(nn.Module):
-    """The noise on z by an MLP in the shape of a U; it knows of no condition ("Cell_Unet", methods C.1).
+    """The noise on z by an MLP in the shape of a U; it knows of no condition ("Cell_Unet" of Luo et al. 2024).
 
     Parameters
     ----------
@@ -146,7 +146,7 @@ class PublishedDenoiser(nn.Module):
 
 
 class PublishedClassifier(nn.Module):
-    """Label from noised z (methods C.1).
+    """Label from noised z (Luo et al. 2024).
 
     ``unused_time`` projects the time for the third layer in the published parameters, and is never applied there; it is
     kept so that the parameters are the published ones, 1,647,628 for 12 labels.

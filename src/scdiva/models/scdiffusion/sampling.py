@@ -33,7 +33,7 @@ class LatentSampler:
         "dpm": DPM-Solver++ of second order, "ddim", or "ddpm" (ancestral). The schedulers are those of ``diffusers``,
         with the process the model was trained on, what its denoiser predicts, trailing time steps and no clipping.
     n_steps
-        Calls of the denoiser; None: 25, 50 and all (1,000).
+        Calls of the denoiser; None: 25, 50 and all (1,000). Those of DDIM divide the times of the process.
     eta
         Share of fresh noise in DDIM; 0 is deterministic given the start.
     """
@@ -48,7 +48,7 @@ class LatentSampler:
         Raises
         ------
         ConfigError
-            An unknown method, or impossible numbers.
+            An unknown method, impossible numbers, or steps of DDIM that do not divide T.
         """
         problems = [
             (self.method not in DEFAULT_STEPS, f"method={self.method!r}", " or ".join(DEFAULT_STEPS)),
@@ -63,6 +63,16 @@ class LatentSampler:
         for is_wrong, found, expected in problems:
             if is_wrong:
                 raise ConfigError(f"sampler: {found}", expected=expected, fix="see scdiva generate --help")
+        steps = self.steps(n_times)
+        if self.method == "ddim" and n_times % steps:
+            # diffusers steps back by T // steps, while trailing times are T / steps apart: cells would keep noise
+            usable = [n for n in range(1, n_times + 1) if n_times % n == 0]
+            below, above = (max(n for n in usable if n < steps), min(n for n in usable if n > steps))
+            raise ConfigError(
+                f"sampler: {steps} steps of DDIM, which do not divide the {n_times} of the model's process",
+                expected=f"a divisor of {n_times}, such as {below} or {above}",
+                fix=f"name {below} or {above} steps, or use dpm",
+            )
 
     def steps(self, n_times: int) -> int:
         """Return the number of steps for a process of T times."""
@@ -94,7 +104,7 @@ def scheduler_of(
 ) -> Any:
     """Return the ``diffusers`` scheduler of a sampler, with its time steps set.
 
-    DDPM with all steps and linear betas draws with the fixed-large variance, as published (methods C.1).
+    DDPM with all steps and linear betas draws with the fixed-large variance, as published (Luo et al. 2024).
     """
     # deferred: diffusers takes seconds to load
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -127,7 +137,7 @@ def start_index(timesteps: Sequence[int], start: float, n_times: int) -> int:
     """Return the step at which a loop begins that starts from cells noised to ``start``, in (0, 1].
 
     It is the first whose time is not later: the cells are then noised to exactly that step's time, so that noise level
-    and loop agree (methods C.3, defect 4).
+    and loop agree (in the published code they do not).
     """
     latest = max(1, round(start * n_times)) - 1
     for index, t in enumerate(timesteps):
@@ -150,7 +160,7 @@ def guided_prediction(
     """Predict velocity or noise, with classifier-free guidance and guidance by classifiers.
 
     ``v = v(all fields) + sum_j (w_j - 1) (v(field j alone) - v(nothing))``: with all weights 1 plain conditioning, with
-    one field the usual ``v_0 + w (v_c - v_0)`` (methods C.4; how several fields combine is our decision). A classifier
+    one field the usual ``v_0 + w (v_c - v_0)`` (how several fields combine is our decision). A classifier
     moves the noise by ``- sqrt(1 - abar) grad log p``, which is the velocity moved by
     ``- sqrt(1 - abar) / sqrt(abar) grad log p``. In a step of DDPM this moves the mean by ``beta / sqrt(1 - beta) grad
     log p``; published is the variance times the gradient, which is ``beta grad log p``.

@@ -37,7 +37,7 @@ def cosine_alpha_bar(n_times: int) -> torch.Tensor:
 
 
 def linear_betas(n_times: int) -> tuple[float, float]:
-    """Return first and last beta of the published schedule: 1e-4 and 0.02, times 1,000 / T (methods C.1)."""
+    """Return first and last beta of the published schedule: 1e-4 and 0.02, times 1,000 / T (Luo et al. 2024)."""
     first, last = (beta * 1000 / n_times for beta in _LINEAR_BETAS)
     return first, last
 

@@ -70,7 +70,7 @@ def load_scimilarity(
 
     Every tensor is taken over by name, if it has the shape of ours. In the first layer of the encoder and the last of
     the decoder, genes are found by name (:func:`scdiva.genes.align_genes`, aliases and former symbols included);
-    genes that SCimilarity does not know keep their start. (The published code drops both layers; methods C.1.)
+    genes that SCimilarity does not know keep their start. (The published code drops both layers.)
 
     Parameters
     ----------

@@ -43,7 +43,7 @@ LORA_ALPHA = 16.0
 N_HIDDEN = 256
 """Width of the head's MLP."""
 DROPOUT = 0.1
-"""On what the head's MLP reads, in training (methods A.8)."""
+"""On what the head's MLP reads, in training (our decision)."""
 MONITOR = "macro_f1_error"
 """Held-out value that the best step has the least of."""
 _TIE = 1e-3

@@ -5,7 +5,7 @@ mean and log-variance, and from the mean to class logits and to reconstructed ex
 weights of that version load strictly; it has no masks, no diffusion and no gene tokens.
 
 The sizes and the tensors are those of the published files (93,523,134 parameters); the forward pass is written anew
-and leaves out what is wrong in the published code (methods A.13): attention over one token has a single weight, 1, so
+and leaves out what is wrong in the published code: attention over one token has a single weight, 1, so
 it is its value and output projections, queries, keys and positions have no effect, and their weights are kept only
 because the files have them; the latent is the mean, not a random sample.
 

@@ -1,6 +1,6 @@
 """The native network as a denoiser of cells in the making: the ``predict`` of the samplers in ``scdiva.diffusion``.
 
-Guidance (methods B.8) works in log-probability space and, for counts, on log-means:
+Guidance (arXiv 2507.08965) works in log-probability space and, for counts, on log-means (our decision):
 
     log p = log p_all + sum_j (w_j(t) - 1) (log p_j - log p_0),     w_j(t) = 1 + (w_j - 1) (1 - t)
 

@@ -9,9 +9,9 @@ it has not seen. It starts at the principal components of the data, and is train
 - *alignment*: within each cluster of a minibatch, batches have the same centre;
 - with labels, *SupCon* (Khosla et al. 2020): cells of one type are close.
 
-The loss of the published protocol (methods A.8) is there as well: a batch discriminator behind gradient reversal (Ganin
-et al. 2016), SupCon on a projection, and reconstruction of counts. On the whole encoder, as published, it is trained in
-``whole_encoder.py``. The rest is our own; docs/integration.md has what each part does.
+The loss of the published protocol (arXiv 2602.03477) is there as well: a batch discriminator behind gradient reversal
+(Ganin et al. 2016), SupCon on a projection, and reconstruction of counts. On the whole encoder, as published, it is
+trained in ``whole_encoder.py``. The rest is our own; docs/integration.md has what each part does.
 
 Shape letters: B cells of a minibatch, N cells, V views, E gene embedding, Z latent, K clusters, D batches, G genes.
 """
@@ -157,7 +157,7 @@ def reversal_factor(progress: float) -> float:
 
 
 def batch_discriminator(n_read: int, n_batches: int, config: IntegrationConfig) -> nn.Sequential:
-    """Return what tells batches apart (methods A.8), ``(B, n_read)`` to logits ``(B, n_batches)``."""
+    """Return what tells batches apart, ``(B, n_read)`` to logits ``(B, n_batches)``; layers are our decision."""
     return nn.Sequential(
         nn.Linear(n_read, _DISCRIMINATOR_WIDTH),
         nn.ReLU(),
@@ -167,7 +167,7 @@ def batch_discriminator(n_read: int, n_batches: int, config: IntegrationConfig) 
 
 
 def supcon_projection(n_read: int, config: IntegrationConfig) -> nn.Sequential:
-    """Return the projection that SupCon reads (methods A.8), ``(B, n_read)`` to ``(B, 128)``."""
+    """Return the projection that SupCon reads, ``(B, n_read)`` to ``(B, 128)``; layers are our decision."""
     return nn.Sequential(
         nn.Linear(n_read, _DISCRIMINATOR_WIDTH),
         nn.ReLU(),
@@ -353,7 +353,7 @@ def contrastive_loss(
 
 
 def supcon_loss(unit_XZ: torch.Tensor, label_X: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Supervised contrastive loss (Khosla et al. 2020; methods A.8), mean over cells that have another of their type.
+    """Supervised contrastive loss (Khosla et al. 2020), mean over cells that have another of their type.
 
     Parameters
     ----------

@@ -12,8 +12,7 @@ Cells are sets. The trunk reads [LAT], condition tokens, the visible gene tokens
 set have the same predictive distribution, so one row serves them all, attention runs over visible tokens only, and no
 vocabulary-sized row exists per token. The sequence layout (hidden tokens in their places, with RoPE) remains for the
 ordering ablation; a place tells something about the gene and the value in it. In the set layout nothing that is hidden
-reaches the network but totals: how many genes are hidden, and how many UMIs the cell has. (Our decisions; methods A.5,
-A.10, B.5, B.6.)
+reaches the network but totals: how many genes are hidden, and how many UMIs the cell has. (Our decisions.)
 
 Shape letters: B cells, N visible gene tokens, S hidden slots of the sequence layout, T all tokens, G genes, E gene
 embedding, D width, Z latent, C condition fields.

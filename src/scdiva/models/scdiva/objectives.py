@@ -96,7 +96,7 @@ class NativeObjective(nn.Module):
     z: z comes from view A, and the whole cell is denoised.
 
     *Weights.* Means over the hidden tokens of each cell, then over cells: the ELBO's weight 1/t up to a constant
-    (methods A.6, B.1). Times are stratified over the minibatch. (All our decisions.)
+    (MDLM). Times are stratified over the minibatch. (All our decisions.)
 
     Parameters
     ----------

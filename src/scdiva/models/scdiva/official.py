@@ -1,7 +1,7 @@
 """The published token model: cells as sequences of (gene, value) tokens behind one latent token.
 
-It is here so that published weights load strictly and the paper's ablations can be rerun (sources: methods A.2 to A.6,
-read off the authors' released model and its weights). It is not what we recommend: its latent token is pooled over the
+It is here so that published weights load strictly and the paper's ablations (arXiv 2602.03477) can be rerun. (Source:
+the authors' released model and its weights.) It is not what we recommend: its latent token is pooled over the
 *clean* embeddings, so that in training and in the published reconstruction the network sees a summary of the very
 tokens it must predict. ``lat="visible"`` pools the visible tokens only and shows what is left without that leak.
 
@@ -205,7 +205,7 @@ class OfficialNetwork(nn.Module):
             Tokens whose gene and value are replaced by the mask vectors; none if left out.
         lat
             What the latent token pools. ``"clean"``, the published one, is the mean over all tokens of the cell
-            **before** they are hidden: it leaks the answer (methods A.5). ``"visible"`` is the mean over the tokens
+            **before** they are hidden: it leaks the answer. ``"visible"`` is the mean over the tokens
             that are not hidden. A cell without any such token pools the zero vector (our decision: the published
             model has no parameter for it).
         """
@@ -281,7 +281,7 @@ class OfficialNetwork(nn.Module):
 
     @torch.no_grad()
     def embed(self, cells: CellCounts, statistics: GeneStatistics) -> torch.Tensor:
-        """Embed cells: the final hidden state of the latent token, ``(n_cells, n_latent)`` float32 (methods A.8).
+        """Embed cells: the final hidden state of the latent token, ``(n_cells, n_latent)`` float32 (our decision).
 
         Nothing is hidden and dropout is off, so the result is deterministic; it depends on the cell alone (up to the
         rounding of float32: each cell attends to itself only). A cell without tokens gets the model's point of no
@@ -330,7 +330,8 @@ def _mean(token_ND: torch.Tensor, tokens: OfficialTokens, is_pooled_N: torch.Ten
 def init_official(network: OfficialNetwork, generator: torch.Generator, std: float = 0.02) -> None:
     """Start a network: normal weights as in GPT-2 (Radford et al. 2019), zero biases and mask vectors.
 
-    The published start is not known except that both mask vectors are zero (methods A.4); the rest is our decision.
+    The published start is not known except that both mask vectors are zero (the published code); the rest is our
+    decision.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
 """What the published token model is trained on.
 
-Cross-entropy of the gene and ten times the squared error of the value, over masked tokens (methods A.4 and A.6).
+Cross-entropy of the gene and ten times the squared error of the value, over masked tokens (arXiv 2602.03477).
 
 Shape letters: B cells, N tokens of all cells together, R masked tokens, G genes.
 """
@@ -21,13 +21,13 @@ from scdiva.models.scdiva.official import HEADS, Lat, OfficialHidden, OfficialNe
 from scdiva.types import CellCounts, LossOutput
 
 VALUE_WEIGHT = 10.0
-"""Weight of the value term (paper; methods A.6)."""
+"""Weight of the value term (arXiv 2602.03477)."""
 
 REPLACED_SHARE = 0.9
-"""Share of masked tokens that are replaced in training; the others stay visible and count in the loss (methods A.4)."""
+"""Share of masked tokens that are replaced in training; the others stay visible and count (the published code)."""
 
 SMALLEST_TIME = 1e-6
-"""t ~ U(0, 1) is clamped to [1e-6, 1] (methods A.4)."""
+"""t ~ U(0, 1) is clamped to [1e-6, 1] (the published code)."""
 
 HELDOUT_TIMES = (0.1, 0.5, 0.9)
 """Shares of hidden tokens on which held-out cells are scored."""

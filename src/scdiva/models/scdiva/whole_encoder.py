@@ -1,9 +1,9 @@
-"""The published protocol of integration (methods A.8): the whole encoder, a batch adversary, SupCon, reconstruction.
+"""The published protocol of integration (arXiv 2602.03477): whole encoder, batch adversary, SupCon, reconstruction.
 
 All that tells batches or types reads the state LayerNorm([z; h_LAT]) of the unmasked cell, so that anchor, trunk and
 gene embeddings are trained by it; the state is then the embedding. Reconstruction is the loss that the model was
 pretrained on, of a share of each minibatch: what is scored is hidden from the network there, which the published
-latent token does not do (methods A.5).
+latent token does not do.
 
 Shape letters: B cells of a minibatch, S state, D batches.
 """
