@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import anndata as ad
@@ -122,6 +123,19 @@ class TestFit:
         for options in ({"seed": 1}, {"config": SMALL.model_copy(update={"width": 24})}):
             with pytest.raises(TrainingError):
                 fit(cells, out=run[1], **options)
+
+    def test_another_autoencoder_under_a_finished_denoiser_is_refused(self, cells, tmp_path):
+        fit(cells, out=tmp_path / "run", settings=SHORTEST)
+        before = files_under(tmp_path)
+        longer = ["autoencoder.training.max_steps=100", *SHORTEST[1:]]
+        with pytest.raises(TrainingError, match="another training.max_steps") as caught:
+            fit(cells, out=tmp_path / "run", settings=longer)
+        assert "another folder" in str(caught.value)
+        assert files_under(tmp_path) == before
+        shutil.rmtree(tmp_path / "run" / "autoencoder")
+        with pytest.raises(TrainingError, match="other latents") as caught:
+            fit(cells, out=tmp_path / "run", settings=longer)
+        assert "another folder" in str(caught.value)
 
     def test_without_conditions_and_with_cells_of_unknown_type(self, cells):
         free = fit(cells, (), settings=SHORTEST).model

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scdiva.config import LoopConfig, ScDiffusionConfig, apply_overrides
+from scdiva.config import LoopConfig, ScDiffusionConfig, apply_overrides, changed_keys, load_config
 from scdiva.data.conditions import ConditionLabels, collect_labels
 from scdiva.data.outliers import cap_isolated
 from scdiva.data.population import CellSizes
@@ -29,7 +29,7 @@ from scdiva.data.reader import CountsReader, NamedCells, open_counts
 from scdiva.data.source import open_source
 from scdiva.data.splits import hold_out
 from scdiva.data.statistics import GeneStatistics
-from scdiva.errors import ConfigError, OutputError, SourceError
+from scdiva.errors import ConfigError, OutputError, SourceError, TrainingError
 from scdiva.genes import GeneVocabulary
 from scdiva.models.prior import MixturePrior, Population
 from scdiva.models.scdiffusion import PRESETS, LatentSampler, ScDiffusion
@@ -213,7 +213,9 @@ def fit_scdiffusion(
     fits: dict[str, FitResult] = {}
     # a caller's inference mode would take the gradients away
     with torch.inference_mode(False), folder as out:
-        run = _Run(cells, train, heldout, source, Path(out), by_part, seed, device, progress, start_from)
+        run = _Run(
+            cells, _content_hash(cells), train, heldout, source, Path(out), by_part, seed, device, progress, start_from
+        )
         if part_of_whole is not None:
             views = view_latents(part_of_whole, trained, seed)
             fit_codec_head(networks.codec_head, part_of_whole, trained, views, seed)
@@ -234,7 +236,7 @@ def fit_scdiffusion(
             prediction=sizes.prediction,
             is_weighted=not is_published,
         )
-        fits["denoiser"] = run.fit("denoiser", denoising, sizes)
+        fits["denoiser"] = run.fit("denoiser", denoising, sizes, identity=_trained_on(table))
         for i, field in enumerate(sizes.classified):
             classifier = networks.classifiers[i]
             assert isinstance(classifier, AnyClassifier)
@@ -383,7 +385,11 @@ def add_classifier(
     part = f"classifier-{field}"
     with torch.inference_mode(False), folder as out:
         by_part = _settings_by_part(settings)
-        run = _Run(cells, train, heldout, source.name, Path(out), by_part, seed, device, progress, model.weights_hash())
+        start_from = model.weights_hash()
+        run = _Run(
+            cells, _content_hash(cells), train, heldout, source.name, Path(out), by_part, seed, device, progress,
+            start_from,
+        )  # fmt: skip
         table = _table(networks, model.codec, cells, seed)
         classifier = networks.classifiers[len(sizes.classified) - 1]
         assert isinstance(classifier, AnyClassifier)
@@ -569,6 +575,7 @@ class _Run:
     """What all parts of a run share."""
 
     cells: CellCounts
+    cells_hash: str
     train: NDArray[np.int64]
     heldout: NDArray[np.int64]
     name: str
@@ -588,6 +595,7 @@ class _Run:
         kind: str | None = None,
         train: NDArray[np.int64] | None = None,
         heldout: NDArray[np.int64] | None = None,
+        identity: Mapping[str, str] | None = None,
     ) -> FitResult:
         """Train one part; the objective holds the best weights afterwards."""
         # deferred: Lightning takes a second
@@ -599,6 +607,8 @@ class _Run:
             kind or part, train.size, architecture=sizes.architecture, seed=self.seed, device=self.device
         )
         loop = apply_overrides(usual, self.settings.get(kind or part, ()))
+        if part == "autoencoder":
+            self._refuse_another_z(loop)
         began = time.monotonic()
         result = fit(
             objective,
@@ -608,14 +618,29 @@ class _Run:
             config=loop,
             out_dir=self.out / part,
             identity={
-                "content_of_the_cells": _content_hash(self.cells),
+                "content_of_the_cells": self.cells_hash,
                 "sizes": sizes.model_dump_json(),
                 **({"model_to_start_from": self.start_from} if self.start_from else {}),
+                **(identity or {}),
             },
             progress=self.progress,
         )
         log.info("%s: kept step %d of %d; %.0f s", part, result.best_step, result.last_step, time.monotonic() - began)
         return result
+
+    def _refuse_another_z(self, loop: LoopConfig) -> None:
+        """Refuse to train the autoencoder on where the other parts have begun: they are of its z as it was."""
+        path = self.out / "autoencoder" / "config.toml"
+        if not ((self.out / "denoiser" / "config.toml").exists() and path.exists()):
+            return
+        saved = load_config(path, LoopConfig)
+        changed = {"training.max_steps", "training.max_minutes"} & set(changed_keys(saved, loop))
+        if changed:
+            raise TrainingError(
+                f"{self.out} holds a denoiser, and the autoencoder would get another {' and '.join(sorted(changed))}",
+                expected="the autoencoder that the denoiser was trained with",
+                fix="choose another folder for a new run, or set the old values to go on with this one",
+            )
 
 
 def _fit_classifier(
@@ -649,7 +674,12 @@ def _fit_classifier(
         kind="classifier",
         train=run.train[code[run.train] > 0],
         heldout=run.heldout[code[run.heldout] > 0],
+        identity=_trained_on(table),
     )
+
+
+def _trained_on(table: LatentTable) -> dict[str, str]:
+    return {"latents_of_the_autoencoder_or_codec": _hash_of(table.z)}
 
 
 def _folder_name(field: str) -> str:
@@ -797,7 +827,14 @@ def _refuse_foreign_bundle(out_dir: str | Path | None) -> None:
 
 
 def _content_hash(cells: CellCounts) -> str:
+    return _hash_of(cells.counts.indptr, cells.counts.indices, cells.counts.data, cells.condition)
+
+
+def _hash_of(*arrays: NDArray[Any]) -> str:
+    """Return a sha256 of types, shapes and values."""
     digest = hashlib.sha256()
-    for array in (cells.counts.indptr, cells.counts.indices, cells.counts.data, cells.condition):
-        digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
+    for array in arrays:
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        # of contiguous arrays both are views: nothing is copied
+        digest.update(memoryview(np.ascontiguousarray(array).reshape(-1)))
     return digest.hexdigest()
