@@ -21,7 +21,7 @@ RARE = 4
 
 
 def isolated_caps(counts: sp.csr_matrix) -> NDArray[np.int64]:
-    """Return for each gene the largest count that is not isolated, ``(n_genes,)``.
+    """Return for each gene the largest count that is not isolated among these cells, ``(n_genes,)``.
 
     In pbmc3k a cell holds, once on average, dozens of molecules of a gene of which nearly all other cells hold none to
     three. A few such counts decide the dispersion of a negative binomial of that gene in all cells. (Our decision.)
@@ -46,9 +46,9 @@ def cap_isolated(cells: CellCounts) -> tuple[CellCounts, int]:
     """Set isolated counts back to the gene's cap.
 
     Labels of few cells, in any field of ``cells.condition``, have caps of their own, computed among their cells: of a
-    type of ten cells among thousands every count of a marker would be isolated. A count of such a cell is isolated if it
-    is above the caps of all cells and of its labels, and is set back to the largest of them. Few are fewer than four
-    times the k of all cells. (Our decision.)
+    type of ten cells among thousands every count of a marker would be isolated. A count of such a cell is isolated if
+    it is above the caps of all cells and of its labels, and is set back to the largest of them. Few are fewer than
+    ``RARE`` times the k of all cells. (Our decision.)
 
     Returns
     -------
