@@ -403,8 +403,9 @@ def add_classifier(
     networks = build_networks(model.vocabulary.n_genes, sizes, labels, seed=seed)
     old = {name: tensor.cpu() for name, tensor in model.networks.state_dict().items()}
     networks.load_state_dict({**networks.state_dict(), **old}, strict=True)
-    # it is not trained, and batch norms must not see other cells
-    networks.autoencoder.eval()
+    if model.codec is None:
+        # it is not trained, and batch norms must not see other cells
+        networks.autoencoder.eval()
     train, heldout = hold_out(
         np.zeros(cells.n_cells, dtype=str), _HELDOUT_SHARE, np.random.default_rng([seed, _SPLIT_STREAM])
     )
