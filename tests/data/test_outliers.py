@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import scipy.sparse as sp
 
@@ -52,3 +54,20 @@ def test_the_cells_given_are_not_changed() -> None:
     cells = _cells(counts)
     cap_isolated(cells)
     assert cells.counts[0, 0] == 90
+
+
+def test_a_marker_of_a_rare_label_stays_and_a_jackpot_in_its_cells_does_not() -> None:
+    counts = np.random.default_rng(0).poisson(0.5, (4000, 3))
+    counts[:10, 1] = np.linspace(60, 120, 10)  # fewer cells than k, which is 20
+    counts[4, 2] = 90
+    label = np.repeat([1, 2], [10, 3990])
+    # the rare label is in the second field; in the first one all cells are alike
+    labelled = replace(_cells(counts), condition=np.stack([np.ones(4000, int), label], axis=1).astype(np.int32))
+    capped, n = cap_isolated(labelled)
+    assert n == 1
+    expected = counts.copy()
+    expected[4, 2] = max(SMALLEST_CAP, 4 * np.sort(counts[:, 2])[-20], 4 * np.sort(counts[:10, 2])[-3])
+    np.testing.assert_array_equal(capped.counts.toarray(), expected)
+    unlabelled, n = cap_isolated(replace(labelled, condition=np.zeros((4000, 2), np.int32)))
+    assert n == 11
+    assert unlabelled.counts[:10, 1].max() < 60

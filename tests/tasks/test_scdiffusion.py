@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import anndata as ad
@@ -12,6 +13,7 @@ import pytest
 import scdiva as sd
 from conftest import files_under
 from scdiva.config import ScDiffusionConfig
+from scdiva.data.outliers import cap_isolated
 from scdiva.datasets import synthetic_cells
 from scdiva.errors import (
     ConfigError,
@@ -24,7 +26,7 @@ from scdiva.errors import (
     UnsupportedError,
 )
 from scdiva.models.scdiffusion import ScDiffusion
-from scdiva.tasks import latent_generation
+from scdiva.tasks import latent_generation, scdiffusion
 from scdiva.tasks.scdiffusion import FittedScDiffusion, add_classifier, fit_scdiffusion
 
 TYPES = ("type 0", "type 1", "type 2")
@@ -123,12 +125,25 @@ class TestFit:
             with pytest.raises(TrainingError):
                 fit(cells, out=run[1], **options)
 
+    def test_another_autoencoder_under_a_finished_denoiser_is_refused(self, cells, tmp_path):
+        fit(cells, out=tmp_path / "run", settings=SHORTEST)
+        before = files_under(tmp_path)
+        longer = ["autoencoder.training.max_steps=100", *SHORTEST[1:]]
+        with pytest.raises(TrainingError, match=r"another training\.max_steps") as caught:
+            fit(cells, out=tmp_path / "run", settings=longer)
+        assert "another folder" in str(caught.value)
+        assert files_under(tmp_path) == before
+        shutil.rmtree(tmp_path / "run" / "autoencoder")
+        with pytest.raises(TrainingError, match="other latents") as caught:
+            fit(cells, out=tmp_path / "run", settings=longer)
+        assert "another folder" in str(caught.value)
+
     def test_without_conditions_and_with_cells_of_unknown_type(self, cells):
-        free = fit(cells, (), settings=SHORTEST).model
+        free = fit(cells, (), settings=SHORTEST[:2]).model
         assert sd.tl.generate(free, 5).n_obs == 5
         some = cells.copy()
         some.obs["cell_type"] = [t if i % 2 else "unknown" for i, t in enumerate(some.obs["cell_type"])]
-        known = fit(some, settings=SHORTEST, with_classifiers=False).model
+        known = fit(some, settings=SHORTEST[:2], with_classifiers=False).model
         assert known.labels.to_dict() == {"cell_type": list(TYPES)}
         assert known.config.classified == ()
 
@@ -243,6 +258,47 @@ class TestAddClassifier:
         with pytest.raises(ConfigError, match="has a classifier of state"):
             add_classifier(larger, cells, "state")
 
+    def test_the_folder_of_a_fit_keeps_its_model(self, run, cells):
+        before = files_under(run[1])
+        with pytest.raises(OutputError, match="run of a fit"):
+            add_classifier(run[0].model, cells, "state", run[1])
+        assert files_under(run[1]) == before
+
+    def test_a_fit_does_not_replace_an_added_condition(self, model, cells, tmp_path):
+        options = {"settings": SHORTEST[2:], "device": "cpu", "progress": False}
+        add_classifier(model, cells, "state", tmp_path / "more", **options)
+        with pytest.raises(OutputError, match="no run of"):
+            fit(cells, out=tmp_path / "more", settings=SHORTEST)
+
+    def test_settings_of_what_is_not_trained(self, model, cells):
+        for part in ("autoencoder", "denoiser"):
+            with pytest.raises(ConfigError, match=f"settings of the {part}"):
+                add_classifier(model, cells, "state", settings=[f"{part}.training.max_steps=2"])
+
+    def test_isolated_counts_are_set_back_as_in_a_fit(self, model, cells, monkeypatch):
+        seen = []
+        monkeypatch.setattr(scdiffusion, "cap_isolated", lambda cells: seen.append(cells) or cap_isolated(cells))
+        add_classifier(model, cells, "state", settings=SHORTEST[2:], device="cpu", progress=False)
+        assert [found.n_cells for found in seen] == [400]
+
+    def test_fields_of_similar_names_have_folders_of_their_own(self, model, cells, tmp_path):
+        options = {"settings": SHORTEST[2:], "device": "cpu", "progress": False}
+        some = cells.copy()
+        some.obs["my state"], some.obs["my/state"] = some.obs["state"], some.obs["state"].to_numpy()[::-1]
+        for field in ("my state", "my/state"):
+            add_classifier(model, some, field, tmp_path, **options)
+        assert len(list(tmp_path.glob("classifier-my_state-*/best.safetensors"))) == 2
+
+    def test_a_field_without_held_out_labels_is_refused_at_once(self, model, cells, tmp_path):
+        some = cells.copy()
+        some.obs["few"] = ["here" if i < 2 else "" for i in range(400)]
+        with pytest.raises(ConfigError, match="2 of 400 cells have a label of few: 2 of the 360") as caught:
+            add_classifier(model, some, "few", tmp_path / "run", min_cells=1)
+        assert "--seed" in str(caught.value)
+        with pytest.raises(ConfigError, match="label of few"):
+            fit(some, ("cell_type", "few"), tmp_path / "run", min_cells=1)
+        assert files_under(tmp_path) == {}
+
 
 class TestRefused:
     @pytest.mark.parametrize(
@@ -254,6 +310,8 @@ class TestRefused:
             ("few cells", SourceError, "at least 50"),
             ("setting", ConfigError, "autoencoder or denoiser or classifier"),
             ("key", ConfigError, "max_step"),
+            ("held-out share", ConfigError, "hold out the same 10%"),
+            ("no classifiers", ConfigError, "where none is trained"),
         ],
     )
     def test_bad_input_leaves_nothing(self, change, error, words, cells, tmp_path):
@@ -270,6 +328,10 @@ class TestRefused:
         elif change == "few cells":
             data = data[:40].copy()
             options = {"min_cells": 1}
+        elif change == "held-out share":
+            options = {"settings": ["denoiser.data.heldout_fraction=0.2"]}
+        elif change == "no classifiers":
+            options = {"with_classifiers": False}
         else:
             options = {"settings": ["trunk.lr=1" if change == "setting" else "denoiser.training.max_step=3"]}
         with pytest.raises(error, match=words) as caught:

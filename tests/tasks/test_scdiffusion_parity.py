@@ -138,7 +138,7 @@ class TestFit:
             with pytest.raises(ConfigError, match=words):
                 fit(cells, out=tmp_path / "run", **options)
         assert files_under(tmp_path) == {}
-        free = fit(cells, (), settings=SHORTEST, with_classifiers=False).model
+        free = fit(cells, (), settings=SHORTEST[:2], with_classifiers=False).model
         assert sd.tl.generate(free, 5).n_obs == 5
 
 

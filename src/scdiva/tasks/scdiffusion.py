@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from scdiva.config import LoopConfig, ScDiffusionConfig, apply_overrides
+from scdiva.config import LoopConfig, ScDiffusionConfig, apply_overrides, changed_keys, load_config
 from scdiva.data.conditions import ConditionLabels, collect_labels
 from scdiva.data.outliers import cap_isolated
 from scdiva.data.population import CellSizes
@@ -29,7 +29,7 @@ from scdiva.data.reader import CountsReader, NamedCells, open_counts
 from scdiva.data.source import open_source
 from scdiva.data.splits import hold_out
 from scdiva.data.statistics import GeneStatistics
-from scdiva.errors import ConfigError, OutputError, SourceError
+from scdiva.errors import ConfigError, OutputError, SourceError, TrainingError
 from scdiva.genes import GeneVocabulary
 from scdiva.models.prior import MixturePrior, Population
 from scdiva.models.scdiffusion import PRESETS, LatentSampler, ScDiffusion
@@ -131,7 +131,8 @@ def fit_scdiffusion(
         ``classified`` and ``codec`` are set here, and with a codec ``n_latent``.
     settings
         What is to differ from :func:`loop_config`, such as ``"denoiser.training.max_steps=2000"``: a part
-        ("autoencoder", "denoiser" or "classifier"), then a key of its loop.
+        ("autoencoder", "denoiser" or "classifier") that is trained, then a key of its loop. The share of held-out cells
+        is fixed.
     with_classifiers
         Whether each condition gets a classifier for classifier guidance; they can be added later
         (:func:`add_classifier`). The published denoiser knows of no conditions: there they are needed.
@@ -157,8 +158,9 @@ def fit_scdiffusion(
     KeyNotFoundError
         There is no such column, or no cell has a label.
     ConfigError
-        A label of too few cells; names all of them. The same condition twice, or a setting that does not exist; or
-        what the published or the native networks cannot do.
+        A label of too few cells; names all of them. So few labelled cells that none is held out for the classifier. The
+        same condition twice, a setting that does not exist or that nothing would follow; or what the published or the
+        native networks cannot do.
     BundleError
         ``scimilarity`` cannot be used.
     OutputError, TrainingError, NonFiniteLossError
@@ -166,11 +168,11 @@ def fit_scdiffusion(
     BundleError, UnsupportedError, UntrainedHeadError
         There is no such codec, or it has no z or no trained profile decoder.
     """
-    _refuse_foreign_bundle(out_dir)
+    _refuse_foreign_bundle(out_dir, "denoiser/config.toml")
     by_part = _settings_by_part(settings)
     config = config or ScDiffusionConfig()
     is_published = config.architecture == "published"
-    _refuse_impossible(is_published, bool(conditions) and not with_classifiers, scimilarity, codec, by_part)
+    _refuse_impossible(is_published, conditions, with_classifiers, scimilarity, codec, by_part)
     whole = part_of_whole = None
     if codec is None:
         reader, labels = _opened(data, conditions, layer, min_cells)
@@ -181,8 +183,7 @@ def fit_scdiffusion(
         reader = reader.with_conditions(labels)
     cells, n_capped = _trainable(reader), 0
     if not is_published:
-        cells, n_capped = cap_isolated(cells)
-        log.info("%s: %d counts far beyond all others of their gene are set back", reader.source.name, n_capped)
+        cells, n_capped = _without_isolated(cells, reader.source.name)
     sizes = config.model_copy(
         update={
             "fields": () if is_published else tuple(labels.fields),
@@ -193,6 +194,7 @@ def fit_scdiffusion(
     train, heldout = hold_out(
         np.zeros(cells.n_cells, dtype=str), _HELDOUT_SHARE, np.random.default_rng([seed, _SPLIT_STREAM])
     )
+    _refuse_few_labelled(cells, train, heldout, labels, sizes.classified)
     trained = cells.take(train)
     statistics = GeneStatistics.from_cells(trained)
     networks = build_networks(cells.n_genes, sizes, labels, seed=seed)
@@ -213,7 +215,9 @@ def fit_scdiffusion(
     fits: dict[str, FitResult] = {}
     # a caller's inference mode would take the gradients away
     with torch.inference_mode(False), folder as out:
-        run = _Run(cells, train, heldout, source, Path(out), by_part, seed, device, progress, start_from)
+        run = _Run(
+            cells, _content_hash(cells), train, heldout, source, Path(out), by_part, seed, device, progress, start_from
+        )
         if part_of_whole is not None:
             views = view_latents(part_of_whole, trained, seed)
             fit_codec_head(networks.codec_head, part_of_whole, trained, views, seed)
@@ -234,7 +238,7 @@ def fit_scdiffusion(
             prediction=sizes.prediction,
             is_weighted=not is_published,
         )
-        fits["denoiser"] = run.fit("denoiser", denoising, sizes)
+        fits["denoiser"] = run.fit("denoiser", denoising, sizes, identity=_trained_on(table))
         for i, field in enumerate(sizes.classified):
             classifier = networks.classifiers[i]
             assert isinstance(classifier, AnyClassifier)
@@ -278,7 +282,8 @@ def fit_scdiffusion(
 
 def _refuse_impossible(
     is_published: bool,
-    is_unguided: bool,
+    conditions: Sequence[str],
+    with_classifiers: bool,
     scimilarity: str | Path | None,
     codec: object,
     settings: Mapping[str, Sequence[str]],
@@ -286,7 +291,7 @@ def _refuse_impossible(
     """Refuse what does not go together, before anything is read."""
     problems = [
         (
-            is_published and is_unguided,
+            is_published and bool(conditions) and not with_classifiers,
             "conditions without classifiers, of the published networks",
             "classifiers: the published denoiser is unconditional, and guided by them alone",
             "leave --no-classifiers out",
@@ -308,6 +313,12 @@ def _refuse_impossible(
             "settings of the autoencoder with a codec, in whose place none is trained",
             "settings of denoiser or classifier",
             "leave them out",
+        ),
+        (
+            not (conditions and with_classifiers) and "classifier" in settings,
+            "settings of the classifier where none is trained",
+            "settings of autoencoder or denoiser",
+            "leave them out, or train classifiers: name conditions, and leave --no-classifiers out",
         ),
     ]
     for is_wrong, found, expected, fix in problems:
@@ -349,11 +360,27 @@ def add_classifier(
     Raises
     ------
     ConfigError
-        The model has a classifier for the field, or a label has too few cells.
-    SourceError, ScaleError, GeneError, KeyNotFoundError, OutputError, TrainingError, NonFiniteLossError
+        The model has a classifier for the field, a label has too few cells, no labelled cell is held out, or settings
+        are of what is not trained.
+    OutputError
+        The folder holds the run of a fit, or a model that is not of this run; or see :func:`scdiva.training.fit`.
+    SourceError, ScaleError, GeneError, KeyNotFoundError, TrainingError, NonFiniteLossError
         As for :func:`fit_scdiffusion`.
     """
-    _refuse_foreign_bundle(out_dir)
+    if out_dir is not None and (Path(out_dir) / "denoiser").exists():
+        raise OutputError(
+            f"{out_dir} holds the run of a fit, whose model the larger one would replace",
+            expected="a folder of its own",
+            fix="name another one",
+        )
+    _refuse_foreign_bundle(out_dir, "classifier-*/config.toml")
+    by_part = _settings_by_part(settings)
+    for part in sorted(by_part.keys() - {"classifier"}):
+        raise ConfigError(
+            f"settings of the {part}, which is not trained again",
+            expected="settings of the classifier",
+            fix="leave them out",
+        )
     if field in model.config.classified:
         raise ConfigError(
             f"{model.name} has a classifier of {field}", expected="a field without one", fix="guide by it as it is"
@@ -370,20 +397,27 @@ def add_classifier(
             fix="leave these cells out, or fit a model to them",
         )
     cells = _trainable(reader.with_conditions(labels, {}))
+    if model.config.architecture != "published":
+        cells = _without_isolated(cells, source.name)[0]
     sizes = model.config.model_copy(update={"classified": (*model.config.classified, field)})
     networks = build_networks(model.vocabulary.n_genes, sizes, labels, seed=seed)
     old = {name: tensor.cpu() for name, tensor in model.networks.state_dict().items()}
     networks.load_state_dict({**networks.state_dict(), **old}, strict=True)
-    # it is not trained, and batch norms must not see other cells
-    networks.autoencoder.eval()
+    if model.codec is None:
+        # it is not trained, and batch norms must not see other cells
+        networks.autoencoder.eval()
     train, heldout = hold_out(
         np.zeros(cells.n_cells, dtype=str), _HELDOUT_SHARE, np.random.default_rng([seed, _SPLIT_STREAM])
     )
+    _refuse_few_labelled(cells, train, heldout, labels, (field,))
     folder = nullcontext(str(out_dir)) if out_dir is not None else tempfile.TemporaryDirectory(prefix="scdiva-")
     part = f"classifier-{field}"
     with torch.inference_mode(False), folder as out:
-        by_part = _settings_by_part(settings)
-        run = _Run(cells, train, heldout, source.name, Path(out), by_part, seed, device, progress, model.weights_hash())
+        start_from = model.weights_hash()
+        run = _Run(
+            cells, _content_hash(cells), train, heldout, source.name, Path(out), by_part, seed, device, progress,
+            start_from,
+        )  # fmt: skip
         table = _table(networks, model.codec, cells, seed)
         classifier = networks.classifiers[len(sizes.classified) - 1]
         assert isinstance(classifier, AnyClassifier)
@@ -558,6 +592,12 @@ def _settings_by_part(settings: Sequence[str]) -> dict[str, list[str]]:
                 expected=f"one that begins with {' or '.join(PARTS)}, then a key of optim, training or data",
                 fix="for example denoiser.training.max_steps=2000",
             )
+        if rest.partition("=")[0].replace(" ", "") == "data.heldout_fraction":
+            raise ConfigError(
+                f"the setting {entry!r}",
+                expected=f"none: all parts hold out the same {_HELDOUT_SHARE:.0%} of the cells",
+                fix="leave it out",
+            )
         by_part.setdefault(part, []).append(rest)
     for part, entries in by_part.items():
         apply_overrides(loop_config(part, 1000), entries)
@@ -569,6 +609,7 @@ class _Run:
     """What all parts of a run share."""
 
     cells: CellCounts
+    cells_hash: str
     train: NDArray[np.int64]
     heldout: NDArray[np.int64]
     name: str
@@ -588,6 +629,7 @@ class _Run:
         kind: str | None = None,
         train: NDArray[np.int64] | None = None,
         heldout: NDArray[np.int64] | None = None,
+        identity: Mapping[str, str] | None = None,
     ) -> FitResult:
         """Train one part; the objective holds the best weights afterwards."""
         # deferred: Lightning takes a second
@@ -599,6 +641,8 @@ class _Run:
             kind or part, train.size, architecture=sizes.architecture, seed=self.seed, device=self.device
         )
         loop = apply_overrides(usual, self.settings.get(kind or part, ()))
+        if part == "autoencoder":
+            self._refuse_another_z(loop)
         began = time.monotonic()
         result = fit(
             objective,
@@ -608,14 +652,29 @@ class _Run:
             config=loop,
             out_dir=self.out / part,
             identity={
-                "content_of_the_cells": _content_hash(self.cells),
+                "content_of_the_cells": self.cells_hash,
                 "sizes": sizes.model_dump_json(),
                 **({"model_to_start_from": self.start_from} if self.start_from else {}),
+                **(identity or {}),
             },
             progress=self.progress,
         )
         log.info("%s: kept step %d of %d; %.0f s", part, result.best_step, result.last_step, time.monotonic() - began)
         return result
+
+    def _refuse_another_z(self, loop: LoopConfig) -> None:
+        """Refuse to train the autoencoder on where the other parts have begun: they are of its z as it was."""
+        path = self.out / "autoencoder" / "config.toml"
+        if not ((self.out / "denoiser" / "config.toml").exists() and path.exists()):
+            return
+        saved = load_config(path, LoopConfig)
+        changed = {"training.max_steps", "training.max_minutes"} & set(changed_keys(saved, loop))
+        if changed:
+            raise TrainingError(
+                f"{self.out} holds a denoiser, and the autoencoder would get another {' and '.join(sorted(changed))}",
+                expected="the autoencoder that the denoiser was trained with",
+                fix="choose another folder for a new run, or set the old values to go on with this one",
+            )
 
 
 def _fit_classifier(
@@ -649,11 +708,18 @@ def _fit_classifier(
         kind="classifier",
         train=run.train[code[run.train] > 0],
         heldout=run.heldout[code[run.heldout] > 0],
+        identity={"condition": field, **_trained_on(table)},
     )
 
 
+def _trained_on(table: LatentTable) -> dict[str, str]:
+    return {"latents_of_the_autoencoder_or_codec": _hash_of(table.z)}
+
+
 def _folder_name(field: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in field)
+    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in field)
+    # "cell type" and "cell/type" are two fields
+    return name if name == field else f"{name}-{hashlib.sha256(field.encode()).hexdigest()[:8]}"
 
 
 def _opened(
@@ -702,6 +768,26 @@ def _labels_of(reader: CountsReader, conditions: Sequence[str], min_cells: int) 
     return labels
 
 
+def _refuse_few_labelled(
+    cells: CellCounts,
+    train: NDArray[np.int64],
+    heldout: NDArray[np.int64],
+    labels: ConditionLabels,
+    classified: Sequence[str],
+) -> None:
+    """Refuse fields whose classifier nothing could be held out for, before anything is trained."""
+    for field in classified:
+        is_labelled = cells.condition[:, labels.fields.index(field)] > 0
+        n_train, n_heldout = int(is_labelled[train].sum()), int(is_labelled[heldout].sum())
+        if not (n_train and n_heldout):
+            raise ConfigError(
+                f"{n_train + n_heldout} of {cells.n_cells} cells have a label of {field}: {n_train} of the "
+                f"{train.size} to train on, {n_heldout} of the {heldout.size} held-out ones",
+                expected="some of both, for its classifier",
+                fix="label more cells, take another seed (--seed), or fit without classifiers (--no-classifiers)",
+            )
+
+
 def _trainable(reader: CountsReader) -> CellCounts:
     """Read all cells that have counts; positions in the result are their ``cell_index``."""
     cells = reader.read(np.arange(len(reader)))
@@ -715,6 +801,12 @@ def _trainable(reader: CountsReader) -> CellCounts:
             fix="give a file with more cells",
         )
     return replace(cells.take(kept), cell_index=np.arange(kept.size, dtype=np.int64))
+
+
+def _without_isolated(cells: CellCounts, name: str) -> tuple[CellCounts, int]:
+    cells, n_capped = cap_isolated(cells)
+    log.info("%s: %d counts far beyond all others of their gene are set back", name, n_capped)
+    return cells, n_capped
 
 
 def _depth(cells: CellCounts) -> NDArray[np.int64]:
@@ -785,19 +877,29 @@ def _record(
     }
 
 
-def _refuse_foreign_bundle(out_dir: str | Path | None) -> None:
-    """Refuse a bundle that no run of the folder has made: it is somebody's model, and is not replaced."""
+def _refuse_foreign_bundle(out_dir: str | Path | None, mark: str) -> None:
+    """Refuse a bundle that no such run of the folder has made: it is somebody's model, and is not replaced.
+
+    ``mark`` is the pattern of a file that such runs leave.
+    """
     if out_dir is None:
         return
     out = Path(out_dir)
-    if (out / BUNDLE).exists() and not any(out.glob("*/config.toml")):
+    if (out / BUNDLE).exists() and not any(out.glob(mark)):
         raise OutputError(
             f"{out / BUNDLE} exists, and no run of {out} has made it", expected="a new folder", fix="name another one"
         )
 
 
 def _content_hash(cells: CellCounts) -> str:
+    return _hash_of(cells.counts.indptr, cells.counts.indices, cells.counts.data, cells.condition)
+
+
+def _hash_of(*arrays: NDArray[Any]) -> str:
+    """Return a sha256 of types, shapes and values."""
     digest = hashlib.sha256()
-    for array in (cells.counts.indptr, cells.counts.indices, cells.counts.data, cells.condition):
-        digest.update(np.ascontiguousarray(array, dtype=np.int64).tobytes())
+    for array in arrays:
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        # of contiguous arrays both are views: nothing is copied
+        digest.update(np.ascontiguousarray(array).reshape(-1).data)
     return digest.hexdigest()

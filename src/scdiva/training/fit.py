@@ -603,7 +603,7 @@ def _claim_folder(out: Path, config: LoopConfig, identity: dict[str, Any]) -> No
         if changed:
             raise TrainingError(
                 f"{out} holds a run with other {' and '.join(changed)}",
-                expected="the same cells and the same number of processes in every call",
+                expected=f"the same {' and '.join(changed)} in every call",
                 fix=start_fresh,
             )
     if rank_zero_only.rank == 0:
