@@ -22,7 +22,7 @@ from scdiva.tasks.scdiffusion import fit_scdiffusion
 TYPES = ("type 0", "type 1", "type 2")
 SMALL = ScDiffusionConfig(n_latent=6, n_hidden=32, width=48, n_blocks=2, classifier_width=24)
 SHORT = (
-    "autoencoder.training.max_steps=150",
+    "autoencoder.training.max_steps=300",
     "denoiser.training.max_steps=500",
     "denoiser.optim.lr=3e-3",
     "classifier.training.max_steps=150",

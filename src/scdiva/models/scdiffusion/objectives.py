@@ -76,8 +76,10 @@ class AutoencoderObjective(nn.Module):
     def __init__(self, autoencoder: Autoencoder, n_umis: float, n_labels: Sequence[int] = ()) -> None:
         super().__init__()
         self.autoencoder = autoencoder
-        # of no use after training
+        # of no use after training; they start at zero, so that nothing here is drawn at random
         self.readers = nn.ModuleList(nn.Linear(autoencoder.n_latent, n) for n in n_labels)
+        for parameter in self.readers.parameters():
+            nn.init.zeros_(parameter)
         # in training a share of each cell's molecules is scored
         self.decay = PRIOR_PRECISION / max(n_umis * (1.0 - sum(SHARE_READ) / 2), 1.0)
 
