@@ -526,7 +526,7 @@ def loop_config(
     n_cells
         Cells that are trained on.
     architecture
-        "latent-diffusion", or "published": optimisers, rates and averages as published (methods C.1), but steps for a
+        "latent-diffusion", or "published": optimisers, rates and averages as published, but steps for a
         laptop; published are 150,000 of the autoencoder, 600,000 of the denoiser and 200,000 of a classifier. With its
         fewer steps the denoiser has ten times the published rate (our decision).
     seed, device
