@@ -49,7 +49,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    sd.tl.generate  # noqa: B018 - loads what is loaded late, so that the first sampler is not charged with it
     lines: list[str] = []
     for folder in arguments.folders:
         found: dict[str, list[tuple[float, ...]]] = {}
