@@ -402,14 +402,13 @@ def _keys(
             fix=f"name both, or a layout: {', '.join(PERTURBATION_LAYOUTS)}",
         )
     keys = {"perturbation": perturbation_key}
-    for use, named, usual in (
-        ("context", context_key, preset and preset.context_key),
-        ("batch", batch_key, preset and preset.batch_key),
-    ):
-        if named is None and usual in source.obs.columns:
-            named = usual
-        if named is not None:
-            keys[use] = named
+    named = {"context": context_key, "batch": batch_key}
+    usual = {} if preset is None else {"context": preset.context_key, "batch": preset.batch_key}
+    for use, key in named.items():
+        if key is None and usual.get(use) in source.obs.columns:
+            key = usual[use]
+        if key is not None:
+            keys[use] = key
     if dose_key is not None:
         keys["dose"] = dose_key
     for key in keys.values():
