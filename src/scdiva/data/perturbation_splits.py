@@ -177,7 +177,7 @@ def split_perturbations(
         if not 0 < share < 1:
             raise ConfigError(f"{name} = {share}", expected="a share between 0 and 1", fix="give another one")
     seed, fold = int(seed), fold if isinstance(fold, str) else int(fold)
-    is_scored = scored_conditions(data, min_cells)
+    is_scored = scored_conditions(data, max(min_cells, 2 if scheme == "seen" else 1))
     rng = np.random.default_rng(seed)
     context: str | None = None
     untrained: set[int] = set()
@@ -335,7 +335,7 @@ def _applied(data: PerturbedCells, digests: list[bytes], manifest: Mapping[str, 
     is_heldout_control = data.is_control & _some_of_each(place, data.is_control, order, manifest["control_fraction"])
     is_trained = ~np.isin(data.perturbation_code, [position[name] for name in manifest["untrained"]])
     if manifest["scheme"] == "seen":
-        is_tested = _some_of_each(place, is_tested, order, manifest["fraction"])
+        is_tested = _some_of_each(pair[:, None], is_tested, order, manifest["fraction"])
     if manifest["heldout_context"] is not None:
         is_trained &= data.is_control | (data.context_code != context_of[manifest["heldout_context"]])
     is_trained &= ~is_tested & ~is_heldout_control
