@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from scdiva.data.perturbations import Perturbation, PerturbedCells
 
-MIN_CELLS = 2
-"""Conditions of fewer cells, or without control cells, are not among the effects of a data set."""
+MIN_CELLS = 10
+"""Conditions of fewer cells are not among the effects of a data set, if others have as many (our decision)."""
 _BLOCK = 512
 
 
@@ -179,6 +179,8 @@ def effects_of(
 ) -> tuple[Effect, ...]:
     """Return the effect of every condition (perturbation and context) with enough cells and any control cells.
 
+    Where none has enough, of all that have control cells.
+
     Parameters
     ----------
     cells
@@ -195,11 +197,11 @@ def effects_of(
         here = cells.context_code == context
         perturbed = np.flatnonzero(here & (cells.perturbation_code == perturbation))
         control = np.flatnonzero(here & cells.is_control)
-        if perturbed.size >= min_cells and control.size:
+        if control.size:
             if context not in controls:
                 controls[context] = ControlMeans.of(values[control], cells.batch_code[control])
             found.append(Effect.of(cells, values, perturbed, controls[context]))
-    return tuple(found)
+    return tuple(effect for effect in found if effect.n_cells >= min_cells) or tuple(found)
 
 
 def conditions_of(cells: PerturbedCells) -> Sequence[tuple[int, int]]:

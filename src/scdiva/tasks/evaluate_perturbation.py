@@ -8,13 +8,13 @@ shuffled perturbations.
 
 from __future__ import annotations
 
-import logging
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import numpy as np
 import scipy.sparse as sp
@@ -24,22 +24,21 @@ from scdiva.baselines import perturbation as baselines
 from scdiva.baselines.perturbation import EffectPredictor
 from scdiva.data.components import components_of, fit_components, variable_genes
 from scdiva.data.perturbation_effects import ControlMeans, Effect, effects_of, log_values, mean_of, rank_sum_test
+from scdiva.data.perturbation_sets import scored_conditions
+from scdiva.data.perturbation_splits import PerturbationSplit, Scheme, split_perturbations
 from scdiva.data.perturbations import PerturbedCells
-from scdiva.errors import ConfigError, ScdivaError
+from scdiva.errors import ConfigError, ScdivaError, UnsupportedError
 from scdiva.metrics import perturbation as metrics
 from scdiva.metrics.generation_distances import energy_distance
 from scdiva.metrics.generation_space import NotMeasurableError, Score
 from scdiva.tasks.evaluation_rows import append_row, content_hash, package_versions, read_rows, row_key
-from scdiva.tasks.perturbation_report import CEILING, NULL, TITLES, PerturbationReport, Row
+from scdiva.tasks.perturbation_report import CEILING, NULL, TITLES, PerturbationEvaluation, Row
 
 if TYPE_CHECKING:
     from scdiva.genes import GeneVocabulary
     from scdiva.types import CellCounts
 
-log = logging.getLogger(__name__)
-
-Kind = Literal["unseen_context", "unseen_single", "combination", "seen"]
-KINDS: tuple[Kind, ...] = ("unseen_context", "unseen_single", "combination", "seen")
+KINDS: tuple[Scheme, ...] = get_args(Scheme)
 MIN_CELLS = 10
 """Fewest perturbed and fewest held-out control cells of a condition that is judged (our decision)."""
 N_HALVES = 5
@@ -50,7 +49,7 @@ _FORMAT = 1
 _STREAM = 31
 _OF_NEW_PERTURBATIONS = ("nearest_perturbation", "ridge", "random_forest", "knn")
 _CORPUS = ("ridge_corpus", "random_forest_corpus", "knn_corpus")
-BASELINES_OF: Mapping[Kind, tuple[str, ...]] = {
+BASELINES_OF: Mapping[Scheme, tuple[str, ...]] = {
     "unseen_context": ("no_change", "mean", "additive", "nearest_context", "ridge", "random_condition", "shuffled"),
     "unseen_single": ("no_change", "mean", *_OF_NEW_PERTURBATIONS, *_CORPUS, "random_condition", "shuffled"),
     "combination": ("no_change", "mean", "additive", *_OF_NEW_PERTURBATIONS, *_CORPUS, "random_condition", "shuffled"),
@@ -84,13 +83,73 @@ class Split:
     """
 
     name: str
-    kind: Kind
+    kind: Scheme
     train: NDArray[np.integer]
     conditions: tuple[tuple[int, int], ...]
     source: NDArray[np.integer]
     reference: NDArray[np.integer]
     seed: int = 0
     groups: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, split: PerturbationSplit) -> Self:
+        """Take a split of :func:`~scdiva.data.perturbation_splits.split_perturbations`."""
+        return cls(
+            name,
+            split.scheme,
+            split.train,
+            split.conditions,
+            split.control,
+            split.heldout_control,
+            int(split.manifest["seed"]),
+            split.groups,
+        )
+
+
+def splits_of(
+    cells: PerturbedCells,
+    scheme: Scheme,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    n_folds: int | None = 5,
+    min_cells: int = 20,
+) -> list[Split]:
+    """Split cells for each seed: every context, or every fold of perturbations, is held out once.
+
+    Parameters
+    ----------
+    cells
+        Cells.
+    scheme
+        What is new in the held-out conditions.
+    seeds
+        Each has other held-out control cells, folds and so on.
+    n_folds
+        Folds of "unseen_single"; None: one perturbation at a time. At most as many as there are perturbations.
+    min_cells
+        Conditions with fewer cells, or control cells, are not tested.
+
+    Raises
+    ------
+    ConfigError, SourceError
+        See :func:`~scdiva.data.perturbation_splits.split_perturbations`.
+    """
+    is_scored = scored_conditions(cells, min_cells)
+    folds: list[int | str] = [0]
+    if scheme == "unseen_context":
+        folds = [cells.contexts[c] for c in np.flatnonzero(is_scored.any(axis=0))] or [0]
+    elif scheme == "unseen_single":
+        singles = [p for p in np.flatnonzero(is_scored.any(axis=1)) if len(cells.perturbations[p].targets) == 1]
+        n = len({cells.perturbations[p].targets for p in singles})
+        n_folds = n if n_folds is None else min(n_folds, n)
+        folds = list(range(max(n_folds, 1)))
+    found = []
+    for seed in seeds:
+        for fold in folds:
+            split = split_perturbations(cells, scheme, seed=seed, fold=fold, n_folds=n_folds, min_cells=min_cells)
+            name = {"unseen_context": f"without {fold}", "unseen_single": f"fold {fold}"}.get(scheme, scheme)
+            found.append(Split.of(name, split))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +183,7 @@ def evaluate_perturbation(
     notes: Sequence[str] = (),
     rows_path: Path | None = None,
     on_row: Callable[[Row], None] | None = None,
-) -> PerturbationReport:
+) -> PerturbationEvaluation:
     """Judge predictors on held-out conditions, beside baselines, a null and a ceiling.
 
     Parameters
@@ -151,7 +210,7 @@ def evaluate_perturbation(
 
     Returns
     -------
-    PerturbationReport
+    PerturbationEvaluation
 
     Raises
     ------
@@ -180,7 +239,7 @@ def evaluate_perturbation(
             fix="hold out others, or take more cells",
         )
     titles = {**TITLES, **{name: method.title for name, method in predictors.items()}}
-    return PerturbationReport(
+    return PerturbationEvaluation(
         tuple(rows), titles, tuple(predictors), (*_standard_notes(data, left_out), *notes),
         package_versions(("numpy", "scipy", "scikit-learn", "scanpy")),
     )  # fmt: skip
@@ -203,7 +262,7 @@ def _standard_notes(data: _Data, left_out: Mapping[str, None]) -> list[str]:
 
 
 def _chosen(
-    kind: Kind, predictors: Mapping[str, Method], methods: Sequence[str] | None, has_corpus: bool
+    kind: Scheme, predictors: Mapping[str, Method], methods: Sequence[str] | None, has_corpus: bool
 ) -> tuple[str, ...]:
     if kind not in BASELINES_OF:
         raise ConfigError(f"no kind of split is called {kind!r}", expected=", ".join(KINDS), fix="correct the name")
@@ -329,14 +388,10 @@ class _Judged:
         return rows[self.data.cells.context_code[rows] == context]
 
     @cached_property
-    def train(self) -> PerturbedCells:
-        """Training cells."""
-        return self.data.cells.take(self.split.train)
-
-    @cached_property
     def training_effects(self) -> tuple[Effect, ...]:
         """Effects among training cells."""
-        return effects_of(self.train, sp.csr_matrix(self.data.full_values[self.split.train]))
+        train = self.split.train
+        return effects_of(self.data.cells.take(train), sp.csr_matrix(self.data.full_values[train]))
 
     def truth(self, perturbation: int, context: int) -> metrics.ConditionTruth:
         """Return the truth of a condition."""
@@ -432,9 +487,7 @@ def _rows_of(
     for name in (*chosen, CEILING):
         fingerprint = predictors[name].fingerprint if name in predictors else ""
         if name in _CORPUS and corpus is not None:
-            fingerprint = row_key(
-                np.round(np.asarray(corpus, dtype=np.float64)[:: max(1, len(corpus) // 50)], 5).tolist()
-            )
+            fingerprint = hashlib.sha256(np.nan_to_num(corpus).round(5).tobytes()).hexdigest()
         predictor: EffectPredictor | None = None
         seconds = 0.0
         for perturbation, context in judged.conditions:
@@ -446,7 +499,7 @@ def _rows_of(
                     scores = _ceiling(judged, perturbation, context)
                 else:
                     if predictor is None:
-                        predictor = _fitted(judged, name, predictors, vocabulary, corpus)
+                        predictor = fitted_predictor(data.cells, split, name, predictors, vocabulary, corpus)
                         seconds = (time.perf_counter() - started) / len(judged.conditions)
                         started = time.perf_counter()
                     scores = _judge(judged, predictor, perturbation, context)
@@ -479,16 +532,19 @@ def _row(
     )
 
 
-def _fitted(
-    judged: _Judged,
+def fitted_predictor(
+    cells: PerturbedCells,
+    split: Split,
     name: str,
     predictors: Mapping[str, Method],
     vocabulary: GeneVocabulary | None,
     corpus: NDArray[np.floating] | None,
 ) -> EffectPredictor:
+    """Return a predictor or baseline, fitted to the training cells of a split. Parameters as for the evaluation."""
+    train = cells.take(split.train)
     if name in predictors:
-        return predictors[name].make(judged.split.seed).fit(judged.train)
-    return baselines.make(name, vocabulary=vocabulary, corpus=corpus, seed=judged.split.seed).fit(judged.train)
+        return predictors[name].make(split.seed).fit(train)
+    return baselines.make(name, vocabulary=vocabulary, corpus=corpus, seed=split.seed).fit(train)
 
 
 def predicted_change(predictor: EffectPredictor, cells: PerturbedCells, perturbation: int, context: int,
@@ -563,4 +619,32 @@ def _ceiling(judged: _Judged, perturbation: int, context: int) -> dict[str, Scor
         values = [scores[name].value for scores in found if np.isfinite(scores[name].value)]
         reasons = [scores[name].reason for scores in found if scores[name].reason]
         result[name] = Score(float(np.mean(values)), "") if values else Score(float("nan"), reasons[0])
+    return result
+
+
+def gene_features(model: Any, vocabulary: GeneVocabulary) -> NDArray[np.float64]:
+    """Return a native model's gene embeddings in the order of another vocabulary, NaN for genes that it lacks.
+
+    Parameters
+    ----------
+    model
+        A native scDiVa model.
+    vocabulary
+        Genes of the cells.
+
+    Raises
+    ------
+    UnsupportedError
+        The model has none.
+    """
+    anchor = getattr(getattr(model, "module", None), "anchor", None)
+    if anchor is None or not hasattr(anchor, "gene_embedding"):
+        raise UnsupportedError(
+            f"{type(model).__name__} has no gene embeddings", expected="a native scDiVa model", fix="use --no-corpus"
+        )
+    own = anchor.gene_embedding.detach().cpu().numpy().astype(np.float64)
+    position = {name: i for i, name in enumerate(model.vocabulary.ensembl_id.tolist())}
+    rows = np.array([position.get(name, -1) for name in vocabulary.ensembl_id.tolist()])
+    result = np.full((rows.size, own.shape[1]), np.nan)
+    result[rows >= 0] = own[rows[rows >= 0]]
     return result

@@ -6,7 +6,7 @@ Everything is computed from the rows, so that a report can be made again from ``
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -113,7 +113,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class PerturbationReport:
+class PerturbationEvaluation:
     """The result of :func:`~scdiva.tasks.evaluate_perturbation.evaluate_perturbation`.
 
     Parameters
@@ -128,6 +128,8 @@ class PerturbationReport:
         What the tables need to be read rightly.
     versions
         Packages that ran.
+    cell_eval
+        Scores of cell-eval, where it was asked for.
     """
 
     rows: tuple[Row, ...]
@@ -135,6 +137,11 @@ class PerturbationReport:
     ours: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    cell_eval: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def with_cell_eval(self, scores: Mapping[str, Mapping[str, float]]) -> PerturbationEvaluation:
+        """Return the report with what cell-eval found, by method and metric."""
+        return replace(self, cell_eval=scores)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -224,6 +231,7 @@ class PerturbationReport:
             "metrics": {name: metric._asdict() for name, metric in METRICS.items()},
             "titles": dict(self.titles),
             "summary": summary,
+            "cell_eval": {method: dict(scores) for method, scores in self.cell_eval.items()},
             "versions": dict(self.versions),
             "rows": [row.to_dict() for row in self.rows],
         }
@@ -238,6 +246,13 @@ class PerturbationReport:
                 lines += ["", *self._means(kind, names)]
             lines += ["", *self._differences(kind), "", *self._calibrated(kind), "", *self._conditions(kind)]
             lines += self._without_value(kind)
+        if self.cell_eval:
+            found = dict.fromkeys(name for scores in self.cell_eval.values() for name in scores)
+            body = [
+                [name, *(_text(scores.get(name, float("nan"))) for scores in self.cell_eval.values())] for name in found
+            ]
+            head = ["cell-eval", *(self.titles[method] for method in self.cell_eval)]
+            lines += ["", "## As cell-eval measures", "", *table(head, body)]
         return "\n".join(lines) + "\n"
 
     def _means(self, kind: str, names: Sequence[str]) -> list[str]:
