@@ -19,6 +19,7 @@ from scdiva.cli import (
     evaluate_annotation,
     evaluate_generation,
     evaluate_integration,
+    evaluate_perturbation,
     evaluate_protocol,
     generate,
     impute,
@@ -76,6 +77,7 @@ evaluate.command("annotation")(evaluate_annotation.evaluate_annotation)
 evaluate.command("generation")(evaluate_generation.evaluate_generation)
 evaluate.command("generation-protocol")(evaluate_protocol.evaluate_protocol)
 evaluate.command("integration")(evaluate_integration.evaluate_integration)
+evaluate.command("perturbation")(evaluate_perturbation.evaluate_perturbation)
 evaluate.command("embedding")(evaluate_integration.evaluate_embedding)
 app.add_typer(evaluate, name="evaluate")
 
