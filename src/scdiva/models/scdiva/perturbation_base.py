@@ -139,7 +139,7 @@ class TargetFeatures:
     Parameters
     ----------
     gene_of
-        Gene index of a target's symbol.
+        Gene of the vocabulary of a target's symbol.
     embedding
         ``(genes, E)`` gene embeddings of the model.
     sets_of
@@ -283,6 +283,8 @@ class BasePredictor:
         Control cells of every context that has any, those without effects included.
     targets
         What is known of genes.
+    on_panel
+        Position in the panel of each symbol that is on it.
     spread
         ``(G,)`` variance of log1p(CP10K) over all control cells.
     weights
@@ -292,6 +294,7 @@ class BasePredictor:
     effects: tuple[MeasuredEffect, ...]
     states: Mapping[str, ContextState]
     targets: TargetFeatures
+    on_panel: Mapping[str, int]
     spread: Vector
     weights: dict[Question, Weights] = field(default_factory=dict)
 
@@ -393,19 +396,20 @@ class BasePredictor:
         }
         for name, (rows, query) in features.items():
             known = [i for i, row in enumerate(rows) if row is not None]
+            found = [row for row in rows if row is not None]
             for penalty in TARGET_PENALTIES:
                 said[f"ridge on {name}, {penalty:g}"] = (
                     mean
                     if query is None or len(known) < MIN_LEFT_OUT
                     else kernel_ridge(
-                        np.stack([rows[i] for i in known]),
+                        np.stack(found),
                         [effects[i] for i in known],
                         np.minimum(precision[known], np.median(precision)),
                         query,
                         penalty,
                     )
                 )
-        gene = self.targets.gene_of.get(target)
+        gene = self.on_panel.get(target)
         own = np.zeros_like(mean)
         if gene is not None:
             force = np.zeros_like(mean)
@@ -494,12 +498,17 @@ class BasePredictor:
         """Fit the weights of a question to training conditions that are left out in its way."""
         if question == "seen":
             return Weights(tuple(names), np.full((1, len(names)), 1.0 / len(names)), np.zeros(0), 0)
-        problems = [(said, change) for said, change, _ in self.left_out(question)]
-        return fit_weights(problems, names)
+        return fit_weights([(said, change) for said, change, _ in self.left_out(question)], names)
+
+    def fit_weights(
+        self, question: Question, problems: Sequence[tuple[Mapping[str, Vector], Vector, MeasuredEffect]]
+    ) -> None:
+        """Fit the weights of a question to what :meth:`left_out` returned for it."""
+        self.weights[question] = fit_weights([(said, change) for said, change, _ in problems], tuple(problems[0][0]))
 
     def left_out(self, question: Question) -> list[tuple[dict[str, Vector], Vector, MeasuredEffect]]:
         """Return, for training conditions left out in the way of a question, what was said and what was measured."""
-        found = []
+        found: list[tuple[dict[str, Vector], Vector, MeasuredEffect]] = []
         firm = [effect for effect in self.effects if effect.precision(self.states) >= MIN_CELLS / 2]
         if len(firm) > MAX_LEFT_OUT:
             firm = [firm[i] for i in np.random.default_rng(0).permutation(len(firm))]
@@ -509,7 +518,7 @@ class BasePredictor:
             rest = self._without(effect, question)
             if rest is None:
                 continue
-            smaller = BasePredictor(rest, self.states, self.targets, self.spread, dict(self.weights))
+            smaller = BasePredictor(rest, self.states, self.targets, self.on_panel, self.spread, dict(self.weights))
             if smaller.question(effect.perturbation, effect.context) != question:
                 continue
             said = smaller.said(effect.perturbation, effect.context, self.states[effect.context])
