@@ -65,9 +65,11 @@ _ERROR_QUANTILES = (0.5, 0.9, 0.98)
 _NOISE_SHARE = 0.2
 _MIN_PERTURBED = 2
 _MAX_COMPONENT_CELLS = 20_000
+N_LOADINGS = 50
+"""Components of the training cells that genes have loadings in."""
 _CONTROLS_PER_CONDITION = 32
 # tags of the random streams that this file draws from a seed
-_COMPONENT_STREAM, _HELDOUT_STREAM, _ITEM_STREAM = 160, 161, 162
+_COMPONENT_STREAM, _HELDOUT_STREAM, _ITEM_STREAM, _LOADING_STREAM = range(160, 164)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +195,8 @@ def fit_perturbation(
             fix="check --control and --context-key",
         )
     features = target_features(model)
-    predictor = BasePredictor(effects, states, features, on_panel(features, reader.panel), spread)
+    loadings = _loadings(values, seed)
+    predictor = BasePredictor(effects, states, features, on_panel(features, reader.panel), spread, loadings)
     items = _left_out(predictor)
     coder = _coder(data, model, options)
     expected = _expected_error(items)
@@ -298,6 +301,24 @@ def _variance(values: sp.csr_matrix) -> Vector:
     mean = np.asarray(values.mean(axis=0, dtype=np.float64)).ravel()
     square = np.asarray(values.multiply(values).mean(axis=0, dtype=np.float64)).ravel()
     return np.asarray(np.maximum(square - mean**2, 0.0))
+
+
+def _loadings(values: sp.csr_matrix, seed: int) -> NDArray[np.float64]:
+    """Return loadings of genes in components of the training cells, ``(P, F)``; zeros for genes without counts."""
+    from sklearn.decomposition import PCA
+
+    rows = np.arange(values.shape[0])
+    if rows.size > _MAX_COMPONENT_CELLS:
+        rng = np.random.default_rng([seed, _LOADING_STREAM])
+        rows = np.sort(rng.choice(rows, _MAX_COMPONENT_CELLS, replace=False))
+    some = values[rows].astype(np.float64)
+    detected = np.flatnonzero(some.getnnz(axis=0))
+    size = min(N_LOADINGS, rows.size - 1, detected.size - 1)
+    result = np.zeros((values.shape[1], max(size, 1)))
+    if size >= 1:
+        found = PCA(size, svd_solver="arpack", random_state=0).fit(some[:, detected])
+        result[detected] = found.components_.T * np.sqrt(found.explained_variance_)
+    return result
 
 
 def measured_effects(

@@ -9,8 +9,8 @@ on the question:
   each gene the new context has to begin with; the nearest context; and what fluctuates together within the control
   cells of the new context itself (linear response: Kubo 1966, doi:10.1088/0034-4885/29/1/306, as a heuristic);
 - *single*: no context shows the perturbation of this gene: the mean of the others; ridge regressions on the target's
-  gene embedding and on the gene sets that it is in; the nearest target; what varies with the target's own expression
-  within control cells;
+  gene embedding, its loadings in components of the training cells and the gene sets that it is in; and what varies with
+  the target's own expression within control cells;
 - *combination*: the sum of the parts, with noise shrunk and not; their larger part; and the sum with what a ridge
   regression on products of the parts' components says of how they interact.
 
@@ -287,6 +287,8 @@ class BasePredictor:
         Position in the panel of each symbol that is on it.
     spread
         ``(G,)`` variance of log1p(CP10K) over all control cells.
+    loadings
+        ``(G, F)`` loadings of the genes in principal components of the training cells, times their standard deviations.
     weights
         Weights of the predictors of each question; fitted when they are first needed.
     """
@@ -296,6 +298,7 @@ class BasePredictor:
     targets: TargetFeatures
     on_panel: Mapping[str, int]
     spread: Vector
+    loadings: NDArray[np.float64]
     weights: dict[Question, Weights] = field(default_factory=dict)
 
     # --- the question ---
@@ -389,6 +392,10 @@ class BasePredictor:
                 [self.targets.embedded(effect.perturbation.targets[0]) for effect in effects],
                 self.targets.embedded(target),
             ),
+            "loadings": (
+                [self._loadings(effect.perturbation.targets[0]) for effect in effects],
+                self._loadings(target),
+            ),
             "gene sets": (
                 [self.targets.sets(effect.perturbation.targets[0]) for effect in effects],
                 self.targets.sets(target),
@@ -417,6 +424,12 @@ class BasePredictor:
             own = state.response(force) * (1.0 if perturbation.kind == "activation" else -1.0)
         said["mean with co-variation"] = mean + own
         return said
+
+    def _loadings(self, target: str) -> Vector | None:
+        """Return the unit loadings of a target; None where it is not on the panel or never varies."""
+        gene = self.on_panel.get(target)
+        size = 0.0 if gene is None else float(np.linalg.norm(self.loadings[gene]))
+        return None if gene is None or size == 0 else np.asarray(self.loadings[gene] / size)
 
     def _singles(self, context: str, kind: str) -> list[MeasuredEffect]:
         """Return effects of single targets in this context; where it has none, in all."""
@@ -518,7 +531,7 @@ class BasePredictor:
             rest = self._without(effect, question)
             if rest is None:
                 continue
-            smaller = BasePredictor(rest, self.states, self.targets, self.on_panel, self.spread, dict(self.weights))
+            smaller = replace(self, effects=rest, weights=dict(self.weights))
             if smaller.question(effect.perturbation, effect.context) != question:
                 continue
             said = smaller.said(effect.perturbation, effect.context, self.states[effect.context])

@@ -334,6 +334,7 @@ class PerturbationModel(PretrainedModel):
             "centre": self.reader.centre,
             "axes": self.reader.axes,
             "spread": predictor.spread,
+            "loadings": predictor.loadings.astype(np.float32),
             "change": np.stack([effect.change for effect in predictor.effects]).astype(np.float32),
             "noise": np.stack([effect.noise for effect in predictor.effects]).astype(np.float32),
             "error_limits": self.expected_error.limits,
@@ -483,7 +484,15 @@ def _rebuilt(
         )
         for question, row in described["weights"].items()
     }
-    predictor = BasePredictor(effects, states, features, on_panel(features, panel), arrays["spread"], fitted)
+    predictor = BasePredictor(
+        effects,
+        states,
+        features,
+        on_panel(features, panel),
+        arrays["spread"],
+        arrays["loadings"].astype(np.float64),
+        fitted,
+    )
     coder = PerturbationCoder(base.vocabulary, tuple(described["names"]), int(described["n_places"]))
     networks = []
     used = {name for name in weights if name.startswith("base.")}

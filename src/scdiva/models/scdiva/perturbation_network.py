@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -43,6 +43,8 @@ TOP_GENES = 50
 """Most changed genes of a condition that the ranking part of the loss puts before others."""
 RANK_WEIGHT, SIGN_WEIGHT, TEMPERATURE = 0.5, 0.1, 0.1
 WEIGHT_FLOOR = 0.05
+MAX_TOKENS = 128
+"""Best-ranked tokens of a control cell that the trunk reads; [PERT] tokens are not among them and never dropped."""
 TRUNK_RATIO = 0.1
 """Learning rate of the trunk's layers, as a multiple of the regressor's."""
 
@@ -150,7 +152,8 @@ class PerturbationNetwork(nn.Module):
             network.trunk.transformer.layers[-n_trained_layers:].requires_grad_(True)
         self.network = network
         self.coder = coder
-        self.tokeniser = tokeniser_of(model.config, model.statistics)
+        tokeniser = tokeniser_of(model.config, model.statistics)
+        self.tokeniser = replace(tokeniser, max_tokens=min(tokeniser.max_tokens, MAX_TOKENS))
         self.register_buffer("panel", torch.from_numpy(np.asarray(panel, dtype=np.int64)), persistent=False)
         self.to(model.device)
 
