@@ -100,7 +100,7 @@ class PerturbationTraining:
     n_networks: int = 1
     max_steps: int = 200
     batch_size: int = 32
-    lr: float = 1e-3
+    lr: float = 2e-4
     patience: int = 4
     heldout_fraction: float = 0.25
 
@@ -183,7 +183,7 @@ def fit_perturbation(
     options = options or PerturbationTraining()
     began = time.monotonic()
     _check(options)
-    reader, states, values, control_z = _read_states(data, model, seed)
+    reader, states, values = _read_states(data, model, seed)
     spread = np.zeros(reader.panel.size)
     control = np.flatnonzero(data.is_control)
     spread[:] = _variance(values[control])
@@ -197,6 +197,7 @@ def fit_perturbation(
     features = target_features(model)
     loadings = _loadings(values, seed)
     predictor = BasePredictor(effects, states, features, on_panel(features, reader.panel), spread, loadings)
+    predictor.fit_axes()
     items = _left_out(predictor)
     coder = _coder(data, model, options)
     expected = _expected_error(items)
@@ -210,7 +211,7 @@ def fit_perturbation(
         with folder as out:
             for i in range(options.n_networks):
                 network, gate, told = _train(
-                    data, model, coder, reader, states, usable, control_z, options,
+                    data, model, coder, predictor, reader, usable, options,
                     Path(out) / f"network-{i}", seed + i, progress,
                 )  # fmt: skip
                 networks.append(network)
@@ -266,7 +267,7 @@ def _check(options: PerturbationTraining) -> None:
 
 def _read_states(
     data: PerturbedCells, model: ScDiVa, seed: int
-) -> tuple[StateReader, dict[str, ContextState], sp.csr_matrix, NDArray[np.float32]]:
+) -> tuple[StateReader, dict[str, ContextState], sp.csr_matrix]:
     """Fit components to control cells, and summarise those of each context."""
     from sklearn.decomposition import PCA
 
@@ -294,7 +295,7 @@ def _read_states(
         here = np.flatnonzero(data.context_code[control] == code)
         if here.size:
             states[context] = reader.state(values[control[here]], z[here])
-    return reader, states, values, z
+    return reader, states, values
 
 
 def _variance(values: sp.csr_matrix) -> Vector:
@@ -416,10 +417,9 @@ def _train(
     data: PerturbedCells,
     model: ScDiVa,
     coder: PerturbationCoder,
+    predictor: BasePredictor,
     reader: StateReader,
-    states: dict[str, ContextState],
     items: Sequence[_Item],
-    control_z: NDArray[np.float32],
     options: PerturbationTraining,
     out: Path,
     seed: int,
@@ -429,8 +429,14 @@ def _train(
     from scdiva.training import fit
 
     network = PerturbationNetwork(
-        model, coder, reader.panel, n_trained_layers=_n_trained_layers(model, options), seed=seed
+        model,
+        coder,
+        reader.panel,
+        predictor.axes,
+        n_trained_layers=_n_trained_layers(model, options),
+        seed=seed,
     )
+    states = predictor.states
     rng = np.random.default_rng([seed, _HELDOUT_STREAM])
     # what is left out together is held out together
     unit = [item.effect.context if item.question == "context" else item.effect.perturbation.name for item in items]
@@ -447,6 +453,18 @@ def _train(
         np.stack([item.base for item in items]).astype(np.float32),
         target,
         np.stack(_weights(items)).astype(np.float32),
+        np.stack(
+            [
+                predictor.described(
+                    item.effect.perturbation,
+                    item.effect.context,
+                    states[item.effect.context],
+                    item.base,
+                    item.question,
+                )
+                for item in items
+            ]
+        ).astype(np.float32),
     )
     collection = _ControlItems(data.cells, row)
     train, heldout = (np.flatnonzero(is_held[condition] == wanted) for wanted in (False, True))
@@ -458,7 +476,7 @@ def _train(
             "training": {
                 "max_steps": options.max_steps,
                 "batch_size": batch_size,
-                "validate_every": max(1, min(20, options.max_steps)),
+                "validate_every": max(1, min(10, options.max_steps)),
                 "n_validation_cells": 512,
                 "patience": options.patience,
                 "checkpoint_every": max(1, min(40, options.max_steps)),

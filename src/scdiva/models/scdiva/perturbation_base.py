@@ -291,6 +291,8 @@ class BasePredictor:
         ``(G, F)`` loadings of the genes in principal components of the training cells, times their standard deviations.
     weights
         Weights of the predictors of each question; fitted when they are first needed.
+    axes, axis_scale
+        ``(K, G)`` main components of the training effects, and the size of these along each (:meth:`fit_axes`).
     """
 
     effects: tuple[MeasuredEffect, ...]
@@ -300,6 +302,8 @@ class BasePredictor:
     spread: Vector
     loadings: NDArray[np.float64]
     weights: dict[Question, Weights] = field(default_factory=dict)
+    axes: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
+    axis_scale: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
     # --- the question ---
 
@@ -449,6 +453,42 @@ class BasePredictor:
         }
         said["additive with interactions"] = total + self._interaction(parts, context, state)
         return said
+
+    def described(
+        self,
+        perturbation: Perturbation,
+        context: str,
+        state: ContextState,
+        base: Vector,
+        question: Question | None = None,
+    ) -> Vector:
+        """Describe what is predicted by scores along the main effects of training, ``(3 K,)``: the network is told.
+
+        Sums over the targets, sums of products of two targets, and the largest of the targets' scores.
+
+        Parameters
+        ----------
+        perturbation, context, state
+            As for :meth:`predict`.
+        base
+            What that returns.
+        question
+            What is asked, where it is not what the training set makes of it: of conditions that are left out.
+        """
+        parts = [base]
+        if (question or self.question(perturbation, context)) == "combination":
+            parts = [self.part(perturbation, target, context, state) for target in perturbation.targets]
+        scores = np.stack(parts) @ self.axes.T / self.axis_scale
+        total = scores.sum(axis=0)
+        largest = np.take_along_axis(scores, np.abs(scores).argmax(axis=0)[None], axis=0)[0]
+        return np.concatenate([total, (total**2 - (scores**2).sum(axis=0)) / 2, largest])
+
+    def fit_axes(self) -> None:
+        """Find the main components of the training effects, of single targets where there are several."""
+        singles = [e.change for e in self.effects if len(e.perturbation.targets) == 1]
+        changes = np.stack(singles if len(singles) >= MIN_LEFT_OUT else [e.change for e in self.effects])
+        self.axes = np.linalg.svd(changes, full_matrices=False)[2][:N_EFFECT_COMPONENTS]
+        self.axis_scale = np.sqrt(((changes @ self.axes.T) ** 2).mean(axis=0)) + 1e-9
 
     def part(self, perturbation: Perturbation, target: str, context: str, state: ContextState) -> Vector:
         """Return what one target of a combination does alone: measured where it was, else predicted."""

@@ -268,7 +268,7 @@ class PerturbationModel(PretrainedModel):
         values = self.reader.values(control)
         state = self.reader.state(values, self.base.latent(control))
         base = self.predictor.predict(perturbation, context, state)
-        corrections = self._corrections(perturbation, control, state, base)
+        corrections = self._corrections(perturbation, control, context, state, base)
         change = base + corrections.mean(axis=(0, 1)) if corrections.size else base
         n_genes = self.vocabulary.n_genes
         question = self.predictor.question(perturbation, context)
@@ -290,13 +290,19 @@ class PerturbationModel(PretrainedModel):
         )
 
     def _corrections(
-        self, perturbation: Perturbation, control: CellCounts, state: ContextState, base: NDArray[np.float64]
+        self,
+        perturbation: Perturbation,
+        control: CellCounts,
+        context: str,
+        state: ContextState,
+        base: NDArray[np.float64],
     ) -> NDArray[np.float64]:
         """Return what the networks add, ``(seeds, cells, P)``, their gates applied."""
         if not self.networks or not any(self.gate) or not self.coder.is_known(perturbation):
             return np.zeros((0, 0, 0))
         rows = np.unique(np.linspace(0, control.n_cells - 1, min(control.n_cells, MAX_CELLS)).astype(np.int64))
         codes = self.coder.codes([perturbation])
+        described = self.predictor.described(perturbation, context, state, base)
         found = []
         for network, gate in zip(self.networks, self.gate, strict=True):
             assert isinstance(network, PerturbationNetwork)
@@ -308,6 +314,7 @@ class PerturbationModel(PretrainedModel):
                     codes.take(torch.zeros(n, dtype=torch.int64)),
                     np.broadcast_to(state.mean, (n, state.mean.size)),
                     np.broadcast_to(base, (n, base.size)),
+                    np.broadcast_to(described, (n, described.size)),
                 )
                 parts.append(network(inputs.to(self.device)).double().cpu().numpy())
             found.append(gate * np.concatenate(parts))
@@ -335,6 +342,8 @@ class PerturbationModel(PretrainedModel):
             "axes": self.reader.axes,
             "spread": predictor.spread,
             "loadings": predictor.loadings.astype(np.float32),
+            "effect_axes": predictor.axes,
+            "effect_scale": predictor.axis_scale,
             "change": np.stack([effect.change for effect in predictor.effects]).astype(np.float32),
             "noise": np.stack([effect.noise for effect in predictor.effects]).astype(np.float32),
             "error_limits": self.expected_error.limits,
@@ -497,7 +506,9 @@ def _rebuilt(
     networks = []
     used = {name for name in weights if name.startswith("base.")}
     for i in range(int(described["n_networks"])):
-        network = PerturbationNetwork(base, coder, panel, n_trained_layers=int(described["n_trained_layers"]))
+        network = PerturbationNetwork(
+            base, coder, panel, predictor.axes, n_trained_layers=int(described["n_trained_layers"])
+        )
         prefix = f"network.{i}."
         own = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
         if own.keys() != network.trained().keys():

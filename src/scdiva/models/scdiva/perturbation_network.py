@@ -6,7 +6,8 @@ is our decision): the correction of gene j in cell b is
 
     a(s_b) · B e_j + MLP([s_b; e_j; v_bj; mean control value of j; what the simple predictors say of j])
 
-with s_b = LayerNorm([z; h_LAT; mean h_PERT]) and e_j the gene's embedding. Both parts are zero at the start: before
+with s_b = LayerNorm([z; h_LAT; mean h_PERT]) and scores of what the simple predictors say along the main effects of
+training, and e_j the gene's embedding and its weights in these main effects. Both parts are zero at the start: before
 the first step the prediction is that of the simple predictors, and a step is kept only where it does better on
 conditions that were held out.
 
@@ -43,8 +44,12 @@ TOP_GENES = 50
 """Most changed genes of a condition that the ranking part of the loss puts before others."""
 RANK_WEIGHT, SIGN_WEIGHT, TEMPERATURE = 0.5, 0.1, 0.1
 WEIGHT_FLOOR = 0.05
+DROPOUT = 0.2
+"""On what the regressor reads of a cell and of its perturbation: training conditions are few."""
 MAX_TOKENS = 128
 """Best-ranked tokens of a control cell that the trunk reads; [PERT] tokens are not among them and never dropped."""
+N_DESCRIBED = 3
+"""Numbers per main effect that say what the simple predictors say (``BasePredictor.described``)."""
 TRUNK_RATIO = 0.1
 """Learning rate of the trunk's layers, as a multiple of the regressor's."""
 
@@ -94,6 +99,8 @@ class ControlInputs(OnDevice):
         Perturbations.
     values_BP3
         float32: each gene's log1p(CP10K) in the cell, its mean over control cells, and the simple predictors' change.
+    described_BX
+        float32: what the simple predictors say, in few numbers.
     target_BP, weight_BP
         float32 measured change and weight of each gene; no columns where nothing is to be learned.
     """
@@ -101,6 +108,7 @@ class ControlInputs(OnDevice):
     cells: MaskedCells
     codes: PerturbationCodes
     values_BP3: torch.Tensor
+    described_BX: torch.Tensor
     target_BP: torch.Tensor
     weight_BP: torch.Tensor
 
@@ -116,6 +124,8 @@ class PerturbationNetwork(nn.Module):
         Turns perturbations into codes.
     panel
         ``(P,)`` genes of the vocabulary that are predicted.
+    axes
+        ``(K, P)`` main effects of training, orthonormal.
     n_trained_layers
         Last layers of the trunk that are trained; all in the paper.
     seed
@@ -132,6 +142,7 @@ class PerturbationNetwork(nn.Module):
         model: ScDiVa,
         coder: PerturbationCoder,
         panel: NDArray[np.integer],
+        axes: NDArray[np.floating],
         *,
         n_trained_layers: int,
         seed: int = 0,
@@ -145,7 +156,8 @@ class PerturbationNetwork(nn.Module):
         # PyTorch's layers draw their first weights from the global generator, which is the caller's
         with torch.random.fork_rng(devices=[]):
             self.tokens = PerturbationTokens(width, len(coder.names), generator)
-            self.regressor = GeneQueryRegressor(network.n_latent + 2 * width, network.n_embedding, generator)
+            n_state = network.n_latent + 2 * width + N_DESCRIBED * axes.shape[0]
+            self.regressor = GeneQueryRegressor(n_state, network.n_embedding + axes.shape[0], generator)
         assert network.trunk is not None
         if n_trained_layers:
             network.trunk.transformer.norm.requires_grad_(True)
@@ -155,9 +167,13 @@ class PerturbationNetwork(nn.Module):
         tokeniser = tokeniser_of(model.config, model.statistics)
         self.tokeniser = replace(tokeniser, max_tokens=min(tokeniser.max_tokens, MAX_TOKENS))
         self.register_buffer("panel", torch.from_numpy(np.asarray(panel, dtype=np.int64)), persistent=False)
+        # of order one, as embeddings are
+        weight_PK = torch.from_numpy(np.asarray(axes, dtype=np.float32).T * np.float32(axes.shape[1] ** 0.5))
+        self.register_buffer("weight_PK", weight_PK, persistent=False)
         self.to(model.device)
 
     panel: torch.Tensor
+    weight_PK: torch.Tensor
 
     def states(self, cells: MaskedCells, codes: PerturbationCodes) -> torch.Tensor:
         """Return LayerNorm([z; h_LAT; mean h_PERT]), ``(B, S)``."""
@@ -174,8 +190,10 @@ class PerturbationNetwork(nn.Module):
 
     def forward(self, inputs: ControlInputs) -> torch.Tensor:
         """Return what is added to the simple predictors' change, ``(B, P)``."""
-        gene_PE = self.network.anchor.gene_embedding[self.panel]
-        return self.regressor(self.states(inputs.cells, inputs.codes), gene_PE, inputs.values_BP3).float()
+        gene_PE = torch.cat([self.network.anchor.gene_embedding[self.panel], self.weight_PK], dim=1)
+        state_BS = torch.cat([self.states(inputs.cells, inputs.codes), inputs.described_BX], dim=1)
+        state_BS = F.dropout(state_BS, DROPOUT, self.training)
+        return self.regressor(state_BS, gene_PE, inputs.values_BP3).float()
 
     def inputs(
         self,
@@ -183,6 +201,7 @@ class PerturbationNetwork(nn.Module):
         codes: PerturbationCodes,
         control_mean_BP: NDArray[np.floating],
         base_BP: NDArray[np.floating],
+        described_BX: NDArray[np.floating],
         target_BP: NDArray[np.floating] | None = None,
         weight_BP: NDArray[np.floating] | None = None,
     ) -> ControlInputs:
@@ -203,6 +222,7 @@ class PerturbationNetwork(nn.Module):
             self.tokeniser.unmasked(told, np.random.default_rng(0)),
             codes,
             as_tensor(three),
+            as_tensor(np.ascontiguousarray(described_BX, dtype=np.float32)),
             as_tensor(nothing if target_BP is None else np.asarray(target_BP, dtype=np.float32)),
             as_tensor(nothing if weight_BP is None else np.asarray(weight_BP, dtype=np.float32)),
         )
@@ -255,6 +275,8 @@ class PerturbationObjective(nn.Module):
         ``(items,)`` condition of each item, by ``cells.cell_index``.
     control_mean, base, target, weight
         ``(conditions, P)``.
+    described
+        ``(conditions, X)``.
     """
 
     def __init__(
@@ -266,12 +288,14 @@ class PerturbationObjective(nn.Module):
         base: NDArray[np.floating],
         target: NDArray[np.floating],
         weight: NDArray[np.floating],
+        described: NDArray[np.floating],
     ) -> None:
         super().__init__()
         self.network = network
         self.codes = codes
         self.condition = np.asarray(condition, dtype=np.int64)
         self.control_mean, self.base, self.target, self.weight = control_mean, base, target, weight
+        self.described = described
 
     def learning_rate_ratios(self) -> dict[nn.Parameter, float]:
         """Return multiples of the learning rate: of the trunk's layers."""
@@ -286,6 +310,7 @@ class PerturbationObjective(nn.Module):
             self.codes.take(torch.from_numpy(rows)),
             self.control_mean[rows],
             self.base[rows],
+            self.described[rows],
             self.target[rows],
             self.weight[rows],
         )
