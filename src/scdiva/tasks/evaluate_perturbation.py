@@ -253,7 +253,8 @@ def _standard_notes(data: _Data, left_out: Mapping[str, None]) -> list[str]:
         "Intervals: bootstrap over held-out conditions (contexts or perturbations), averaged over seeds before. With "
         "few conditions they are too narrow; conditions of one data set share control cells.",
         f"Ceiling: one half of the held-out cells predicts the other, with the two halves of the control cells, mean "
-        f"of {N_HALVES} random halves per seed. Both halves are noisy, so that a smooth prediction can do better.",
+        f"of {N_HALVES} random halves per seed. At full depth: 2 r / (1 + r), as cell-eval. Both halves are noisy, so "
+        "that a smooth prediction can do better than the ceiling.",
         "E-distance: of cells, or where only a mean is predicted, of the control cells shifted by it.",
     ]
     if left_out:
@@ -393,6 +394,11 @@ class _Judged:
         train = self.split.train
         return effects_of(self.data.cells.take(train), sp.csr_matrix(self.data.full_values[train]))
 
+    @cached_property
+    def components(self) -> NDArray[np.float64]:
+        """Gene features of the training cells, for several baselines."""
+        return baselines.own_embedding(self.data.cells.take(self.split.train), seed=self.split.seed)
+
     def truth(self, perturbation: int, context: int) -> metrics.ConditionTruth:
         """Return the truth of a condition."""
         key = perturbation, context
@@ -499,7 +505,8 @@ def _rows_of(
                     scores = _ceiling(judged, perturbation, context)
                 else:
                     if predictor is None:
-                        predictor = fitted_predictor(data.cells, split, name, predictors, vocabulary, corpus)
+                        own = judged.components if name in _OF_NEW_PERTURBATIONS else None
+                        predictor = fitted_predictor(data.cells, split, name, predictors, vocabulary, corpus, own)
                         seconds = (time.perf_counter() - started) / len(judged.conditions)
                         started = time.perf_counter()
                     scores = _judge(judged, predictor, perturbation, context)
@@ -539,12 +546,17 @@ def fitted_predictor(
     predictors: Mapping[str, Method],
     vocabulary: GeneVocabulary | None,
     corpus: NDArray[np.floating] | None,
+    components: NDArray[np.floating] | None = None,
 ) -> EffectPredictor:
-    """Return a predictor or baseline, fitted to the training cells of a split. Parameters as for the evaluation."""
+    """Return a predictor or baseline, fitted to the training cells of a split. Parameters as for the evaluation.
+
+    ``components`` are the training cells' own gene features, if they are there already.
+    """
     train = cells.take(split.train)
     if name in predictors:
         return predictors[name].make(split.seed).fit(train)
-    return baselines.make(name, vocabulary=vocabulary, corpus=corpus, seed=split.seed).fit(train)
+    made = baselines.make(name, vocabulary=vocabulary, corpus=corpus, seed=split.seed, components=components)
+    return made.fit(train)
 
 
 def predicted_change(predictor: EffectPredictor, cells: PerturbedCells, perturbation: int, context: int,
