@@ -22,6 +22,7 @@ Scheme: TypeAlias = Literal["unseen_single", "combination", "unseen_context", "s
 
 _FORMAT = "scdiva-perturbation-split-1"
 _N_TRIES = 1000
+_ENOUGH = 3  # combinations of each group that one draw of genes should give (our decision)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -243,12 +244,13 @@ def _fold_of_singles(
 def _combinations(
     data: PerturbedCells, is_scored: NDArray[np.bool_], rng: np.random.Generator, fraction: float
 ) -> tuple[set[int], set[int]]:
-    """Hold out genes and combinations until every group of combinations occurs."""
+    """Hold out genes and combinations, drawn until there are pairs of every group."""
     names, present = _testable_singles(data, is_scored), _present(data)
     targets = {p: set(data.perturbations[p].targets) for p in present}
     alone = {target for p in present if len(targets[p]) == 1 for target in targets[p]}
     combinations = [p for p in _tested(is_scored) if len(targets[p]) > 1]
     n_held = max(1, round(fraction * len(names)))
+    best, smallest = set[int](), 0
     for _ in range(_N_TRIES if len(names) > 2 and combinations else 0):
         held = {names[i] for i in rng.permutation(len(names))[:n_held]}
         # the effect of each gene alone is to be known, so that an additive prediction can be made
@@ -259,12 +261,18 @@ def _combinations(
         taken = {seen_alone[i] for i in rng.permutation(len(seen_alone))[:n_taken]}
         untrained = {p for p in present if held & targets[p]} | taken
         seen = _targets(data, present - untrained)
-        if {len(seen & targets[p]) for p in combinations if held & targets[p]} >= {0, 1}:
-            return untrained, untrained
+        n_seen = [len(seen & targets[p]) for p in combinations if p in untrained and len(targets[p]) == 2]
+        size = min(n_seen.count(0), n_seen.count(1), n_seen.count(2))
+        if size > smallest:
+            best, smallest = untrained, size
+        if smallest >= _ENOUGH:
+            break
+    if best:
+        return best, best
     raise SourceError(
         f"{len(names)} single perturbations and {len(combinations)} combinations with enough cells cannot be split so "
-        "that combinations of which 0, 1 and all genes are seen are tested",
-        expected="more combinations, of genes that are also perturbed alone",
+        "that pairs with 0, 1 and 2 seen genes are tested",
+        expected="more pairs, of genes that are also perturbed alone",
         fix="hold out another fraction, lower min_cells on purpose, or use the scheme unseen_single",
     )
 
