@@ -8,8 +8,8 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from perturbed import perturbed_cells, vocabulary
 
+from perturbed import perturbed_cells, vocabulary
 from scdiva.tasks import evaluate_perturbation as task
 
 

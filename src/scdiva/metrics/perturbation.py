@@ -172,10 +172,10 @@ def spearman(truth: ArrayLike, predicted: ArrayLike) -> float:
 
 def _correlation(truth: ArrayLike, predicted: ArrayLike, *, by_rank: bool) -> float:
     x, y = np.asarray(truth, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
-    if _is_constant(x):
-        raise NotMeasurableError(f"the truth is constant over {x.size} genes")
     if x.size < 3:
         raise NotMeasurableError(f"a correlation needs 3 genes, found {x.size}")
+    if _is_constant(x):
+        raise NotMeasurableError(f"the truth is constant over {x.size} genes")
     return 0.0 if _is_constant(y) else correlation(x, y, by_rank=by_rank)
 
 

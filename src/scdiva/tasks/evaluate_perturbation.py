@@ -292,6 +292,7 @@ class _Data:
         self.position = np.full(cells.cells.n_genes, -1)
         self.position[self.genes] = np.arange(self.genes.size)
         self.vocabulary = vocabulary
+        self.found: dict[tuple[int, int], NDArray[np.int64]] = {}
         self.moments: dict[tuple[int, int], tuple[NDArray[np.float64], NDArray[np.float64], int]] = {}
 
     @cached_property
@@ -328,8 +329,10 @@ class _Data:
 
     def rows(self, perturbation: int, context: int) -> NDArray[np.int64]:
         """Return the cells of a condition."""
-        c = self.cells
-        return np.flatnonzero((c.perturbation_code == perturbation) & (c.context_code == context))
+        key, c = (perturbation, context), self.cells
+        if key not in self.found:
+            self.found[key] = np.flatnonzero((c.perturbation_code == perturbation) & (c.context_code == context))
+        return self.found[key]
 
     def t_of(self, perturbation: int, context: int, rows: NDArray[np.integer], control: NDArray[np.integer]) -> Any:
         """Return t of cells against all other perturbed cells of the context; against control cells if none."""
