@@ -45,7 +45,7 @@ N_HALVES = 5
 """Random halves that the ceiling of a condition is averaged over, for each seed."""
 MAX_CELLS_OF_DISTANCE = 1000
 _MAX_CELLS_OF_COMPONENTS = 5000
-_FORMAT = 1
+_FORMAT = 2
 _STREAM = 31
 _OF_NEW_PERTURBATIONS = ("nearest_perturbation", "ridge", "random_forest", "knn")
 _CORPUS = ("ridge_corpus", "random_forest_corpus", "knn_corpus")
@@ -309,11 +309,11 @@ class _Data:
         return content_hash(c.cells, *columns, np.char.mod("%g", c.cells.library_size))
 
     def is_target(self, perturbation: int) -> NDArray[np.bool_]:
-        """Tell which measured genes the perturbation acts on."""
+        """Tell which measured genes the perturbation acts on; a cytokine does not act on the gene of its name."""
         result = np.zeros(self.genes.size, dtype=bool)
-        targets = self.cells.perturbations[perturbation].targets
-        if self.vocabulary is not None and targets:
-            found = baselines.genes_of(self.vocabulary, targets)
+        known = self.cells.perturbations[perturbation]
+        if self.vocabulary is not None and known.targets and known.kind != "treatment":
+            found = baselines.genes_of(self.vocabulary, known.targets)
             found = self.position[found[found >= 0]]
             result[found[found >= 0]] = True
         return result

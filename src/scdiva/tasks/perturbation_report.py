@@ -346,4 +346,5 @@ def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _text(value: float) -> str:
-    return f"{value:.3f}" if np.isfinite(value) else "–"
+    # no "-0.000"
+    return f"{round(value, 3) + 0.0:.3f}" if np.isfinite(value) else "–"
