@@ -130,12 +130,14 @@ def test_twins_in_plain_numpy():
     folds = [[fold(d, g) for g in significant] for d in (t.change, p)]
     assert found["lfc_spearman"] == pytest.approx(stats.spearmanr(*folds).statistic)
     assert found["direction_match"] == pytest.approx(np.mean([(t.change[g] > 0) == (p[g] > 0) for g in significant]))
-    weight = (np.abs(t.t) - np.abs(t.t).min()) ** 2
+    evidence = np.abs(t.t[tested])
+    weight = (evidence - evidence.min()) ** 2
     weight = weight / weight.sum()
-    assert found["weighted_mse"] == pytest.approx((weight * (t.change - p) ** 2).sum())
-    centred = t.change - r
+    error = (weight * (t.change - p)[tested] ** 2).sum()
+    assert found["weighted_mse"] == pytest.approx(error)
+    centred = (t.change - r)[tested]
     spread = (weight * (centred - (weight * centred).sum()) ** 2).sum()
-    assert found["weighted_r2"] == pytest.approx(1 - found["weighted_mse"] / spread)
+    assert found["weighted_r2"] == pytest.approx(1 - error / spread)
     every = np.stack([t.change, *t.others])[:, tested]
     for name, distance in (
         ("pds_l1", [np.abs(e - p[tested]).sum() for e in every]),

@@ -77,11 +77,14 @@ class Additive:
         ``(n_genes, n_dimensions)`` features of genes; None: principal components of the training cells.
     seed
         Seed of what is drawn.
+    components
+        What :func:`own_embedding` gives for the training cells, if it is there already.
     """
 
     vocabulary: GeneVocabulary | None = None
     embedding: NDArray[np.floating] | None = None
     seed: int = 0
+    components: NDArray[np.floating] | None = None
 
     def fit(self, train: PerturbedCells) -> Self:
         """Measure the effects of the training conditions."""
@@ -173,10 +176,8 @@ class _Embedded(Additive):
             targets = sorted({t for e in self.effects for t in e.perturbation.targets})
             # any target may be asked for: it is looked up then
             self.position = dict(zip(targets, self._find(targets), strict=True))
-        if self.embedding is None:
-            self.features = own_embedding(train, seed=self.seed)
-        else:
-            self.features = np.asarray(self.embedding, dtype=np.float64)
+        features = self.components if self.embedding is None else self.embedding
+        self.features = own_embedding(train, seed=self.seed) if features is None else np.asarray(features, np.float64)
         if self.features.shape[0] != train.cells.n_genes:
             raise ConfigError(
                 f"an embedding of {self.features.shape[0]} genes for cells of {train.cells.n_genes}",
@@ -437,6 +438,7 @@ def make(
     vocabulary: GeneVocabulary | None = None,
     corpus: NDArray[np.floating] | None = None,
     seed: int = 0,
+    components: NDArray[np.floating] | None = None,
 ) -> Additive:
     """Return a baseline, not yet fitted.
 
@@ -450,6 +452,8 @@ def make(
         ``(n_genes, n_dimensions)`` features of these genes in a pre-trained model; "_corpus" baselines need it.
     seed
         Seed.
+    components
+        What :func:`own_embedding` gives for the training cells, if it is there already.
 
     Raises
     ------
@@ -465,4 +469,5 @@ def make(
         raise ConfigError(
             f"{name!r} without gene features of a model", expected="corpus=(n_genes, n_dimensions)", fix="name a model"
         )
-    return BASELINES[name](vocabulary=vocabulary, embedding=corpus if is_corpus else None, seed=seed)
+    embedding = corpus if is_corpus else None
+    return BASELINES[name](vocabulary=vocabulary, embedding=embedding, seed=seed, components=components)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scdiva.data.perturbations import Perturbation, PerturbedCells
 
 MIN_CELLS = 10
-"""Conditions of fewer cells are not among the effects of a data set, if others have as many (our decision)."""
+"""Conditions of fewer cells or control cells are not among the effects, if others have as many (our decision)."""
 _BLOCK = 512
 
 
@@ -188,10 +188,11 @@ def effects_of(
     values
         What :func:`log_values` gives for them, if it is there already.
     min_cells
-        Fewest perturbed cells.
+        Fewest perturbed cells, and fewest control cells of the context.
     """
     values = log_values(cells) if values is None else values
-    found = []
+    found: list[Effect] = []
+    is_large: list[bool] = []
     controls: dict[int, ControlMeans] = {}
     for context, perturbation in conditions_of(cells):
         here = cells.context_code == context
@@ -201,7 +202,8 @@ def effects_of(
             if context not in controls:
                 controls[context] = ControlMeans.of(values[control], cells.batch_code[control])
             found.append(Effect.of(cells, values, perturbed, controls[context]))
-    return tuple(effect for effect in found if effect.n_cells >= min_cells) or tuple(found)
+            is_large.append(min(perturbed.size, control.size) >= min_cells)
+    return tuple(effect for effect, large in zip(found, is_large, strict=True) if large) or tuple(found)
 
 
 def conditions_of(cells: PerturbedCells) -> Sequence[tuple[int, int]]:

@@ -172,10 +172,10 @@ def spearman(truth: ArrayLike, predicted: ArrayLike) -> float:
 
 def _correlation(truth: ArrayLike, predicted: ArrayLike, *, by_rank: bool) -> float:
     x, y = np.asarray(truth, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
-    if _is_constant(x):
-        raise NotMeasurableError(f"the truth is constant over {x.size} genes")
     if x.size < 3:
         raise NotMeasurableError(f"a correlation needs 3 genes, found {x.size}")
+    if _is_constant(x):
+        raise NotMeasurableError(f"the truth is constant over {x.size} genes")
     return 0.0 if _is_constant(y) else correlation(x, y, by_rank=by_rank)
 
 
@@ -301,7 +301,7 @@ def effect_scores(truth: ConditionTruth, predicted: Vector, predicted_z: Vector 
     - ``hit_rate_20``: share of the top 20 DE genes among the 20 largest |d'|.
     - ``centroid_accuracy``, ``pds_*``: :func:`centroid_accuracy`, :func:`discrimination`; target genes left out.
     - ``weighted_mse``, ``weighted_r2``: :func:`weighted_mse` of d, and :func:`weighted_r2` of d and d' minus the mean
-      training change.
+      training change; target genes left out (our decision: a target that is knocked down would be all the weight).
     - ``direction_match``: :func:`direction_match` over significant genes.
     - ``mse``: mean over all genes of (d - d')².
 
@@ -332,10 +332,10 @@ def effect_scores(truth: ConditionTruth, predicted: Vector, predicted_z: Vector 
     def weighted(function: str) -> float:
         if truth.t is None:
             raise NotMeasurableError("there are no other cells to weigh genes by")
-        weight = weights_of(truth.t)
+        weight = weights_of(truth.t[tested])
         if function == "mse":
-            return weighted_mse(d, predicted, weight)
-        return weighted_r2(centred, centred_prediction, weight)
+            return weighted_mse(d[tested], predicted[tested], weight)
+        return weighted_r2(centred[tested], centred_prediction[tested], weight)
 
     scores = {
         "pearson_delta": Score.of(pearson, d, predicted),

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 PERTURBATION_COLUMN = "target_gene"
 CONTROL_NAME = "non-targeting"
 """cell-eval's usual names (Virtual Cell Challenge 2025)."""
-N_CELLS = 200
-"""Predicted cells of each perturbation, at most; as many as there are control cells to start from."""
+MAX_SCALE = 2.0
 _FEWEST_PERTURBATIONS = 3
 _OF_SEVERAL = ("pearson_edistance", "clustering_agreement")
 """Metrics over perturbations: not run where there are fewer than three."""
@@ -36,7 +35,8 @@ _OF_SEVERAL = ("pearson_edistance", "clustering_agreement")
 def shifted_cells(values: sp.csr_matrix, change: NDArray[np.floating]) -> NDArray[np.float32]:
     """Return control cells whose mean is changed as predicted; no value is below 0 (our decision).
 
-    A raised gene is raised alike in every cell. A lowered one is scaled down, as far as to 0.
+    Values of a gene are scaled, to 0 at the least and to twice at the most; what is missing from the mean of a raised
+    gene is added to every cell alike.
 
     Parameters
     ----------
@@ -47,8 +47,10 @@ def shifted_cells(values: sp.csr_matrix, change: NDArray[np.floating]) -> NDArra
     """
     x = values.toarray().astype(np.float64)
     mean = x.mean(axis=0)
-    scale = np.divide(np.maximum(mean + change, 0.0), mean, out=np.zeros_like(mean), where=mean > 0)
-    return np.where(change < 0, x * scale, x + change).astype(np.float32)
+    wanted = np.maximum(mean + change, 0.0)
+    scale = np.minimum(np.divide(wanted, mean, out=np.zeros_like(mean), where=mean > 0), MAX_SCALE)
+    # rounding must not leave anything below 0
+    return (x * scale + np.maximum(wanted - mean * scale, 0.0)).astype(np.float32)
 
 
 def to_cell_eval(
@@ -56,17 +58,16 @@ def to_cell_eval(
     predicted: Mapping[int, NDArray[np.floating]],
     *,
     context: int,
-    source: NDArray[np.integer],
     reference: NDArray[np.integer],
     held_out: NDArray[np.integer],
     gene_names: Sequence[str],
-    seed: int = 0,
 ) -> tuple[AnnData, AnnData]:
     """Return real and predicted cells of one context as cell-eval takes them.
 
     Log-normalised (log1p of CP10K); ``.obs["target_gene"]`` is the perturbation, "non-targeting" for control cells.
-    Predicted cells are control cells changed by :func:`shifted_cells`: their differences between cells are those of
-    control cells, and metrics that test them for differential expression find more than a mean can know.
+    Predicted cells are the control cells changed by :func:`shifted_cells`, so that their mean change is the predicted
+    one. How they differ from each other is as among control cells: metrics that test them for differential expression
+    find what a mean cannot know.
 
     Parameters
     ----------
@@ -76,14 +77,12 @@ def to_cell_eval(
         Predicted change ``(n_genes,)`` by perturbation code.
     context
         Code of the context.
-    source, reference
-        Control cells of the context to start from, and those that the truth is measured against.
+    reference
+        Control cells of the context that the truth is measured against.
     held_out
         Rows of held-out cells; those of the predicted perturbations in the context are taken.
     gene_names
         ``(n_genes,)`` names of all genes; those that the cells measure are kept.
-    seed
-        Seed of which cells are taken.
 
     Returns
     -------
@@ -95,8 +94,6 @@ def to_cell_eval(
 
     genes = np.flatnonzero(cells.is_measured)
     values = sp.csr_matrix(log_values(cells)[:, genes])
-    rng = np.random.default_rng([seed, 41])
-    source = np.sort(rng.permutation(source)[:N_CELLS])
     control = values[reference]
     real, made, real_names, made_names = [control], [control], [CONTROL_NAME] * reference.size, []
     made_names += real_names
@@ -106,9 +103,9 @@ def to_cell_eval(
         if rows.size == 0:
             raise ConfigError(f"no held-out cells of {name}", expected="at least one", fix="check the split")
         real.append(values[rows])
-        made.append(sp.csr_matrix(shifted_cells(sp.csr_matrix(values[source]), np.asarray(change)[genes])))
+        made.append(sp.csr_matrix(shifted_cells(sp.csr_matrix(control), np.asarray(change)[genes])))
         real_names += [name] * rows.size
-        made_names += [name] * source.size
+        made_names += [name] * reference.size
     names = np.asarray(gene_names)[genes].astype(str)
     var = pd.DataFrame(index=_unique(names))
 
@@ -219,11 +216,9 @@ def evaluate_with_cell_eval(
                 cells,
                 predicted,
                 context=context,
-                source=first.source[cells.context_code[first.source] == context],
                 reference=first.reference[cells.context_code[first.reference] == context],
                 held_out=held_out,
                 gene_names=vocabulary.symbol.tolist(),
-                seed=seed,
             )
             place_name = f"{method}/seed-{seed}/context-{context}"
             for name, value in run_cell_eval(real, made, folder / place_name).items():

@@ -45,7 +45,7 @@ N_HALVES = 5
 """Random halves that the ceiling of a condition is averaged over, for each seed."""
 MAX_CELLS_OF_DISTANCE = 1000
 _MAX_CELLS_OF_COMPONENTS = 5000
-_FORMAT = 1
+_FORMAT = 2
 _STREAM = 31
 _OF_NEW_PERTURBATIONS = ("nearest_perturbation", "ridge", "random_forest", "knn")
 _CORPUS = ("ridge_corpus", "random_forest_corpus", "knn_corpus")
@@ -253,7 +253,8 @@ def _standard_notes(data: _Data, left_out: Mapping[str, None]) -> list[str]:
         "Intervals: bootstrap over held-out conditions (contexts or perturbations), averaged over seeds before. With "
         "few conditions they are too narrow; conditions of one data set share control cells.",
         f"Ceiling: one half of the held-out cells predicts the other, with the two halves of the control cells, mean "
-        f"of {N_HALVES} random halves per seed. Both halves are noisy, so that a smooth prediction can do better.",
+        f"of {N_HALVES} random halves per seed. At full depth: 2 r / (1 + r), as cell-eval. Both halves are noisy, so "
+        "that a smooth prediction can do better than the ceiling.",
         "E-distance: of cells, or where only a mean is predicted, of the control cells shifted by it.",
     ]
     if left_out:
@@ -291,6 +292,7 @@ class _Data:
         self.position = np.full(cells.cells.n_genes, -1)
         self.position[self.genes] = np.arange(self.genes.size)
         self.vocabulary = vocabulary
+        self.found: dict[tuple[int, int], NDArray[np.int64]] = {}
         self.moments: dict[tuple[int, int], tuple[NDArray[np.float64], NDArray[np.float64], int]] = {}
 
     @cached_property
@@ -307,11 +309,11 @@ class _Data:
         return content_hash(c.cells, *columns, np.char.mod("%g", c.cells.library_size))
 
     def is_target(self, perturbation: int) -> NDArray[np.bool_]:
-        """Tell which measured genes the perturbation acts on."""
+        """Tell which measured genes the perturbation acts on; a cytokine does not act on the gene of its name."""
         result = np.zeros(self.genes.size, dtype=bool)
-        targets = self.cells.perturbations[perturbation].targets
-        if self.vocabulary is not None and targets:
-            found = baselines.genes_of(self.vocabulary, targets)
+        known = self.cells.perturbations[perturbation]
+        if self.vocabulary is not None and known.targets and known.kind != "treatment":
+            found = baselines.genes_of(self.vocabulary, known.targets)
             found = self.position[found[found >= 0]]
             result[found[found >= 0]] = True
         return result
@@ -327,8 +329,10 @@ class _Data:
 
     def rows(self, perturbation: int, context: int) -> NDArray[np.int64]:
         """Return the cells of a condition."""
-        c = self.cells
-        return np.flatnonzero((c.perturbation_code == perturbation) & (c.context_code == context))
+        key, c = (perturbation, context), self.cells
+        if key not in self.found:
+            self.found[key] = np.flatnonzero((c.perturbation_code == perturbation) & (c.context_code == context))
+        return self.found[key]
 
     def t_of(self, perturbation: int, context: int, rows: NDArray[np.integer], control: NDArray[np.integer]) -> Any:
         """Return t of cells against all other perturbed cells of the context; against control cells if none."""
@@ -392,6 +396,11 @@ class _Judged:
         """Effects among training cells."""
         train = self.split.train
         return effects_of(self.data.cells.take(train), sp.csr_matrix(self.data.full_values[train]))
+
+    @cached_property
+    def components(self) -> NDArray[np.float64]:
+        """Gene features of the training cells, for several baselines."""
+        return baselines.own_embedding(self.data.cells.take(self.split.train), seed=self.split.seed)
 
     def truth(self, perturbation: int, context: int) -> metrics.ConditionTruth:
         """Return the truth of a condition."""
@@ -499,7 +508,8 @@ def _rows_of(
                     scores = _ceiling(judged, perturbation, context)
                 else:
                     if predictor is None:
-                        predictor = fitted_predictor(data.cells, split, name, predictors, vocabulary, corpus)
+                        own = judged.components if name in _OF_NEW_PERTURBATIONS else None
+                        predictor = fitted_predictor(data.cells, split, name, predictors, vocabulary, corpus, own)
                         seconds = (time.perf_counter() - started) / len(judged.conditions)
                         started = time.perf_counter()
                     scores = _judge(judged, predictor, perturbation, context)
@@ -539,12 +549,17 @@ def fitted_predictor(
     predictors: Mapping[str, Method],
     vocabulary: GeneVocabulary | None,
     corpus: NDArray[np.floating] | None,
+    components: NDArray[np.floating] | None = None,
 ) -> EffectPredictor:
-    """Return a predictor or baseline, fitted to the training cells of a split. Parameters as for the evaluation."""
+    """Return a predictor or baseline, fitted to the training cells of a split. Parameters as for the evaluation.
+
+    ``components`` are the training cells' own gene features, if they are there already.
+    """
     train = cells.take(split.train)
     if name in predictors:
         return predictors[name].make(split.seed).fit(train)
-    return baselines.make(name, vocabulary=vocabulary, corpus=corpus, seed=split.seed).fit(train)
+    made = baselines.make(name, vocabulary=vocabulary, corpus=corpus, seed=split.seed, components=components)
+    return made.fit(train)
 
 
 def predicted_change(predictor: EffectPredictor, cells: PerturbedCells, perturbation: int, context: int,
