@@ -59,6 +59,7 @@ log = logging.getLogger(__name__)
 BUNDLE = "bundle"
 """Folder of the model within the folder of a run."""
 QUESTIONS: tuple[Question, ...] = ("context", "single", "combination")
+_FLOOR = {"single": "mean", "combination": "additive"}
 MIN_CONDITIONS = 12
 """Fewest left-out conditions that a network is trained on."""
 _ERROR_QUANTILES = (0.5, 0.9, 0.98)
@@ -107,10 +108,14 @@ class PerturbationTraining:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Item:
-    """A training condition that was left out: what the simple predictors said, and what was measured."""
+    """A training condition that was left out: what the simple predictors said, and what was measured.
+
+    ``floor`` is what is judged against: the mean over other contexts or targets, or the sum of the parts.
+    """
 
     effect: MeasuredEffect
     base: Vector
+    floor: Vector
     question: Question
 
 
@@ -359,7 +364,14 @@ def _left_out(predictor: BasePredictor) -> list[_Item]:
             continue
         predictor.fit_weights(question, problems)
         weights = predictor.weights[question]
-        found += [_Item(effect, weights.combine(said), question) for said, _, effect in problems]
+        for said, _, effect in problems:
+            others = [
+                e.change
+                for e in predictor.effects
+                if e.perturbation == effect.perturbation and e.context != effect.context
+            ]
+            floor = np.mean(others, axis=0) if question == "context" else said[_FLOOR[question]]
+            found.append(_Item(effect, weights.combine(said), floor, question))
     return found
 
 
@@ -386,9 +398,15 @@ def _metrics(items: Sequence[_Item]) -> dict[str, float]:
     for question in QUESTIONS:
         own = [item for item in items if item.question == question]
         if own:
-            correlations = [np.corrcoef(item.base, item.effect.change)[0, 1] for item in own]
-            found[f"left_out_{question}_pearson_delta"] = float(np.nanmean(correlations))
+            for suffix, of in (("", lambda item: item.base), ("_floor", lambda item: item.floor)):
+                found[f"left_out_{question}_pearson_delta{suffix}"] = float(
+                    np.mean([_correlation(of(item), item.effect.change) for item in own])
+                )
     return found
+
+
+def _correlation(x: Vector, y: Vector) -> float:
+    return float(np.corrcoef(x, y)[0, 1]) if x.std() > 0 and y.std() > 0 else 0.0
 
 
 def _coder(data: PerturbedCells, model: ScDiVa, options: PerturbationTraining) -> PerturbationCoder:

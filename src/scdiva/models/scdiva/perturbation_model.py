@@ -36,6 +36,10 @@ from scdiva.types import CellCounts
 
 FAMILY = "scdiva-perturbation"
 _BLOCK = 64
+_CAUTION = (
+    "Human genes only. Predictions are changes of means, extrapolated where the perturbation or the context is new; the",
+    "simple predictors do most of the work, and a mean or additive baseline can be as good: the floor above is theirs.",
+)
 MAX_CELLS = 256
 """Control cells of a context that the network reads for a prediction; of more, evenly spaced ones."""
 
@@ -402,6 +406,7 @@ class PerturbationModel(PretrainedModel):
                     'model = sd.load_model("PATH")',
                     f'effect = sd.tl.perturb(control_cells, model, "{first.name}")  # a new AnnData',
                 ),
+                caution=_CAUTION,
             ),
             overwrite=overwrite,
         )
