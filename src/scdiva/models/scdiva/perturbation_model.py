@@ -37,7 +37,7 @@ from scdiva.types import CellCounts
 FAMILY = "scdiva-perturbation"
 _BLOCK = 64
 _CAUTION = (
-    "Human genes only. Predictions are changes of means, extrapolated where the perturbation or the context is new; the",
+    "Human genes only. Predictions are changes of means, extrapolated where perturbation or context is new; the",
     "simple predictors do most of the work, and a mean or additive baseline can be as good: the floor above is theirs.",
 )
 MAX_CELLS = 256
