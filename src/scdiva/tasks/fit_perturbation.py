@@ -580,7 +580,7 @@ def _gate(
 ) -> tuple[float, float]:
     """Return how much of the corrections held-out conditions bear out: the best factor in [0, 1], and what it explains.
 
-    Each condition counts equally: by the size of its correction.
+    By the weighted squared error that the network was trained for, of the means over control cells.
     """
     cross = square = missed = 0.0
     for i in np.flatnonzero(is_held).tolist():
@@ -588,10 +588,12 @@ def _gate(
         inputs = objective.prepare(cells, np.random.default_rng(0)).to(next(network.parameters()).device)
         added = network(inputs).double().mean(dim=0).cpu().numpy()
         left = items[i].effect.change - items[i].base
-        unit = max(float(left @ left), 1e-12)
-        cross, square, missed = cross + float(added @ left) / unit, square + float(added @ added) / unit, missed + 1.0
+        weight = objective.weight[i] / objective.weight[i].sum()
+        cross += float(weight @ (added * left))
+        square += float(weight @ added**2)
+        missed += float(weight @ left**2)
     gate = float(np.clip(cross / square, 0.0, 1.0)) if square > 0 else 0.0
-    return gate, (2 * gate * cross - gate**2 * square) / max(missed, 1.0)
+    return gate, (2 * gate * cross - gate**2 * square) / max(missed, 1e-12)
 
 
 def _fingerprint(data: PerturbedCells, row: NDArray[np.int64], target: NDArray[np.float32]) -> str:
