@@ -1,46 +1,16 @@
 #!/bin/sh
-# The baselines of perturbation: docs/results/perturbation.md.
-#
-#     sh benchmarks/perturbation.sh DATA OUT [SEEDS]
-#
-# DATA holds the .h5ad files named below; each command writes a folder of OUT with report.md, report.json and rows.jsonl,
-# and takes up where it was left. PYTHON names another interpreter, MODEL another model (for its gene embeddings).
+# The tables of docs/results/perturbation.md: sh benchmarks/perturbation.sh DATA OUT
+# DATA holds perturb_kang_ifnb.h5ad, perturb_papalexi_eccite303.h5ad and perturb_gasperini_k562_tss366.h5ad.
 set -eu
-
-DATA=${1:?the folder with the .h5ad files}
-OUT=${2:?the folder for results}
-SEEDS=${3:-3}
-HERE=$(dirname "$0")
-PYTHON=${PYTHON:-python}
-mkdir -p "$OUT"
-
-evaluate() {
-    name=$1
-    shift
-    "$PYTHON" -c "from scdiva.cli import main; main()" evaluate perturbation "$@" --perturbation-key perturbation \
-        --control control --model "${MODEL:-scdiva-blood-tiny}" --out "$OUT/$name"
-}
-
-# interferon beta in each cell type; types of half of the cells are transferred labels, those of the second run are not
-KANG="$DATA/perturb_kang_ifnb.h5ad --kind treatment --context-key cell_type --split unseen_context --no-corpus"
-evaluate kang $KANG --seeds "$SEEDS"
-evaluate kang_author $KANG --seeds "$SEEDS" --filter "cell_type_source=Seurat annotation"
-
-# knock-outs one at a time
-evaluate papalexi "$DATA/perturb_papalexi_eccite303.h5ad" --batch-key batch --library-size-key n_umis_full \
-    --split unseen_single --folds 0 --min-coverage 0 --seeds "$SEEDS"
-evaluate gasperini "$DATA/perturb_gasperini_k562_tss366.h5ad" --exclude enhancer_only --batch-key batch \
-    --split unseen_single --folds 0 --min-coverage 0 --seeds "$SEEDS"
-
-# the simulator
-"$PYTHON" -c "
-import numpy as np, sys
-from scdiva.datasets import simulate_perturbations
-simulate_perturbations(np.random.default_rng(0)).to_adata().write_h5ad(sys.argv[1])
-" "$OUT/simulated.h5ad"
-for scheme in unseen_single combination; do
-    evaluate "simulated_$scheme" "$OUT/simulated.h5ad" --split $scheme --no-corpus --seeds "$SEEDS"
-done
-
-# what it does to the figures if control cells are shared between prediction and truth
-"$PYTHON" "$HERE/perturbation_shared_controls.py" "$DATA"
+data=$1
+out=$2
+mkdir -p "$out"
+kang="--perturbation-key perturbation --control control --context-key cell_type --kind treatment --split unseen_context"
+scdiva evaluate perturbation "$data/perturb_kang_ifnb.h5ad" $kang --seeds 5 --out "$out/kang"
+scdiva evaluate perturbation "$data/perturb_kang_ifnb.h5ad" $kang --seeds 5 \
+  --filter "cell_type_source=Seurat annotation" --out "$out/kang_author_labels"
+scdiva evaluate perturbation "$data/perturb_papalexi_eccite303.h5ad" --perturbation-key perturbation --control control \
+  --batch-key batch --library-size-key n_umis_full --split unseen_single --folds 0 --seeds 3 --out "$out/papalexi"
+gasperini="--perturbation-key perturbation --control control --batch-key batch --exclude enhancer_only --split seen"
+scdiva evaluate perturbation "$data/perturb_gasperini_k562_tss366.h5ad" $gasperini --seeds 3 --out "$out/gasperini"
+python benchmarks/perturbation_simulated.py "$out/simulated" --seeds 3
