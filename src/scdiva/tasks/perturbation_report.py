@@ -316,13 +316,16 @@ class PerturbationEvaluation:
         return table(["PearsonΔ", "cells", "controls", "DE genes", *(self.titles[m] for m in methods)], body)
 
     def _without_value(self, kind: str) -> list[str]:
-        found: dict[tuple[str, str], set[str]] = {}
-        for row in self.rows:
-            if row.kind == kind:
-                for name, reason in row.reasons.items():
-                    found.setdefault((METRICS[name].title, reason), set()).add(row.condition)
-        lines = [f"- {title}, {len(where)} conditions: {reason}." for (title, reason), where in sorted(found.items())]
-        return ["", "Without a value:", "", *lines] if lines else []
+        lines = []
+        conditions = self.conditions(kind)
+        for name, metric in METRICS.items():
+            measured = {c for method in self.methods(kind) for c in self.by_condition(kind, method, name)}
+            missing = [condition for condition in conditions if condition not in measured]
+            rows = [row for row in self.rows if row.kind == kind and row.condition in missing and name in row.reasons]
+            reasons = "; ".join(sorted({row.reasons[name] for row in rows}))
+            if missing:
+                lines.append(f"- {metric.title}: {len(missing)} of {len(conditions)} conditions ({reasons})")
+        return ["", "Without a value, and in no mean:", "", *lines] if lines else []
 
     def write(self, folder: Path) -> tuple[Path, Path]:
         """Write ``report.md`` and ``report.json`` to an existing folder."""
