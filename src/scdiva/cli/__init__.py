@@ -26,6 +26,7 @@ from scdiva.cli import (
     inspect,
     integrate,
     interpolate,
+    perturb,
     reconstruct,
     scdiffusion,
     train,
@@ -48,6 +49,7 @@ app.command("integrate")(integrate.integrate)
 app.command("impute")(impute.impute)
 app.command("reconstruct")(reconstruct.reconstruct)
 app.command("generate")(generate.generate)
+app.command("perturb")(perturb.perturb)
 app.command("interpolate")(interpolate.interpolate)
 app.command("augment")(augment.augment)
 app.command("inspect")(inspect.inspect)

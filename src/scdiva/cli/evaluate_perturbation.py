@@ -58,7 +58,11 @@ def evaluate_perturbation(
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of seeds, each with splits of its own.")] = 3,
     methods: Annotated[
         list[str] | None,
-        typer.Option("--methods", help="Run only this method (repeatable); mean, null and ceiling always run."),
+        typer.Option(
+            "--methods",
+            help="Run only this method (repeatable): 'scdiva' is the model, fine-tuned on each split, "
+            "'scdiva_simple' its simple predictors without a network; mean, null and ceiling always run.",
+        ),
     ] = None,
     model: ModelOption = DEFAULT_MODEL,
     corpus: Annotated[
@@ -74,7 +78,6 @@ def evaluate_perturbation(
     from scdiva.baselines.common import require
     from scdiva.data.perturbation_sets import load_perturbed
     from scdiva.errors import OutputError
-    from scdiva.genes import GeneVocabulary
     from scdiva.models.base import load_model
     from scdiva.tasks import evaluate_perturbation as task
 
@@ -82,7 +85,8 @@ def evaluate_perturbation(
         raise OutputError(f"{out} is a file", expected="a folder", fix="name another one with --out")
     if cell_eval:
         require("cell_eval", "cell_eval", "cell-eval")
-    vocabulary = GeneVocabulary.default()
+    base = load_model(model, device=device)
+    vocabulary = base.vocabulary
     loaded = load_perturbed(
         _filtered(file, filters or ()),
         vocabulary,
@@ -99,12 +103,16 @@ def evaluate_perturbation(
         min_coverage=min_coverage,
     )
     typer.echo(str(loaded.report))
-    features = task.gene_features(load_model(model, device=device), vocabulary) if corpus else None
+    features = task.gene_features(base, vocabulary) if corpus else None
+    predictors = task.our_predictors(base)
+    if methods is not None:
+        predictors = {name: method for name, method in predictors.items() if name in methods}
     splits = task.splits_of(loaded.data, split, seeds=tuple(range(seeds)), n_folds=folds or None, min_cells=min_cells)
     out.mkdir(parents=True, exist_ok=True)
     report = task.evaluate_perturbation(
         loaded.data,
         splits,
+        predictors=predictors,
         methods=methods,
         vocabulary=vocabulary,
         corpus=features,
@@ -121,6 +129,7 @@ def evaluate_perturbation(
             splits,
             list(dict.fromkeys(run)),
             out / "cell_eval",
+            predictors=predictors,
             vocabulary=vocabulary,
             corpus=features,
         )

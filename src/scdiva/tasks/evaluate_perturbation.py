@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
@@ -36,6 +36,7 @@ from scdiva.tasks.perturbation_report import CEILING, NULL, TITLES, Perturbation
 
 if TYPE_CHECKING:
     from scdiva.genes import GeneVocabulary
+    from scdiva.models.scdiva.model import ScDiVa
     from scdiva.types import CellCounts
 
 KINDS: tuple[Scheme, ...] = get_args(Scheme)
@@ -50,10 +51,23 @@ _CEILING_FORMAT = "2"
 _STREAM = 31
 _OF_NEW_PERTURBATIONS = ("nearest_perturbation", "ridge", "random_forest", "knn")
 _CORPUS = ("ridge_corpus", "random_forest_corpus", "knn_corpus")
+OUR_VERSION = 1
+"""Counts changes of our predictors that make earlier rows differ."""
+_SETS = ("ridge_sets", "random_forest_sets")
+_FEATURES = (*_CORPUS, *_SETS)
 BASELINES_OF: Mapping[Scheme, tuple[str, ...]] = {
     "unseen_context": ("no_change", "mean", "additive", "nearest_context", "ridge", "random_condition", "shuffled"),
-    "unseen_single": ("no_change", "mean", *_OF_NEW_PERTURBATIONS, *_CORPUS, "random_condition", "shuffled"),
-    "combination": ("no_change", "mean", "additive", *_OF_NEW_PERTURBATIONS, *_CORPUS, "random_condition", "shuffled"),
+    "unseen_single": ("no_change", "mean", *_OF_NEW_PERTURBATIONS, *_CORPUS, *_SETS, "random_condition", "shuffled"),
+    "combination": (
+        "no_change",
+        "mean",
+        "additive",
+        *_OF_NEW_PERTURBATIONS,
+        *_CORPUS,
+        *_SETS,
+        "random_condition",
+        "shuffled",
+    ),
     "seen": ("no_change", "mean", "additive", "random_condition", "shuffled"),
 }
 """Baselines by kind of split: those that differ there."""
@@ -226,7 +240,7 @@ def evaluate_perturbation(
     rows: list[Row] = []
     left_out: dict[str, None] = {}
     for split in splits:
-        chosen = _chosen(split.kind, predictors, methods, corpus is not None)
+        chosen = _chosen(split.kind, predictors, methods, corpus is not None, vocabulary is not None)
         judged = _Judged(data, split)
         left_out |= dict.fromkeys(judged.left_out)
         for row in _rows_of(judged, chosen, predictors, vocabulary, corpus, known, rows_path):
@@ -264,13 +278,18 @@ def _standard_notes(data: _Data, left_out: Mapping[str, None]) -> list[str]:
 
 
 def _chosen(
-    kind: Scheme, predictors: Mapping[str, Method], methods: Sequence[str] | None, has_corpus: bool
+    kind: Scheme,
+    predictors: Mapping[str, Method],
+    methods: Sequence[str] | None,
+    has_corpus: bool,
+    has_vocabulary: bool,
 ) -> tuple[str, ...]:
     if kind not in BASELINES_OF:
         raise ConfigError(f"no kind of split is called {kind!r}", expected=", ".join(KINDS), fix="correct the name")
     everything = (*predictors, *BASELINES_OF[kind])
     if methods is None:
-        return tuple(name for name in everything if has_corpus or name not in _CORPUS)
+        without = (() if has_corpus else _CORPUS) + (() if has_vocabulary else _SETS)
+        return tuple(name for name in everything if name not in without)
     unknown = [name for name in methods if name not in (*predictors, *baselines.BASELINES)]
     if unknown:
         raise ConfigError(
@@ -671,3 +690,23 @@ def gene_features(model: Any, vocabulary: GeneVocabulary) -> NDArray[np.float64]
     result = np.full((rows.size, own.shape[1]), np.nan)
     result[rows >= 0] = own[rows[rows >= 0]]
     return result
+
+
+def our_predictors(model: ScDiVa) -> dict[str, Method]:
+    """Return our methods for :func:`evaluate_perturbation`: fine-tuned on each split anew.
+
+    Parameters
+    ----------
+    model
+        A native model with a trunk, whose vocabulary is that of the cells.
+    """
+    from scdiva.tasks.fit_perturbation import FineTunedPredictor, PerturbationTraining
+
+    def method(title: str, options: PerturbationTraining) -> Method:
+        fingerprint = row_key(OUR_VERSION, model.bundle_hash or model.weights_hash(), asdict(options))
+        return Method(lambda seed: FineTunedPredictor(model, options, seed), title, fingerprint)
+
+    return {
+        "scdiva": method("scDiVa", PerturbationTraining()),
+        "scdiva_simple": method("scDiVa, simple predictors only", PerturbationTraining(network=False)),
+    }

@@ -9,6 +9,7 @@ from scdiva.tl.generation import generate, generate_file
 from scdiva.tl.imputation import impute, impute_file
 from scdiva.tl.integration import integrate, integrate_file
 from scdiva.tl.interpolation import interpolate
+from scdiva.tl.perturbation import perturb, perturb_file
 from scdiva.tl.reconstruction import reconstruct, reconstruct_file
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "integrate",
     "integrate_file",
     "interpolate",
+    "perturb",
+    "perturb_file",
     "reconstruct",
     "reconstruct_file",
 ]

@@ -9,8 +9,8 @@ on the question:
   each gene the new context has to begin with; the nearest context; and what fluctuates together within the control
   cells of the new context itself (linear response: Kubo 1966, doi:10.1088/0034-4885/29/1/306, as a heuristic);
 - *single*: no context shows the perturbation of this gene: the mean of the others; ridge regressions on the target's
-  gene embedding and on the gene sets that it is in; the nearest target; what varies with the target's own expression
-  within control cells;
+  gene embedding, its loadings in components of the training cells and the gene sets that it is in; and what varies with
+  the target's own expression within control cells;
 - *combination*: the sum of the parts, with noise shrunk and not; their larger part; and the sum with what a ridge
   regression on products of the parts' components says of how they interact.
 
@@ -139,7 +139,7 @@ class TargetFeatures:
     Parameters
     ----------
     gene_of
-        Gene index of a target's symbol.
+        Gene of the vocabulary of a target's symbol.
     embedding
         ``(genes, E)`` gene embeddings of the model.
     sets_of
@@ -283,17 +283,27 @@ class BasePredictor:
         Control cells of every context that has any, those without effects included.
     targets
         What is known of genes.
+    on_panel
+        Position in the panel of each symbol that is on it.
     spread
         ``(G,)`` variance of log1p(CP10K) over all control cells.
+    loadings
+        ``(G, F)`` loadings of the genes in principal components of the training cells, times their standard deviations.
     weights
         Weights of the predictors of each question; fitted when they are first needed.
+    axes, axis_scale
+        ``(K, G)`` main components of the training effects, and the size of these along each (:meth:`fit_axes`).
     """
 
     effects: tuple[MeasuredEffect, ...]
     states: Mapping[str, ContextState]
     targets: TargetFeatures
+    on_panel: Mapping[str, int]
     spread: Vector
+    loadings: NDArray[np.float64]
     weights: dict[Question, Weights] = field(default_factory=dict)
+    axes: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
+    axis_scale: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
     # --- the question ---
 
@@ -386,6 +396,10 @@ class BasePredictor:
                 [self.targets.embedded(effect.perturbation.targets[0]) for effect in effects],
                 self.targets.embedded(target),
             ),
+            "loadings": (
+                [self._loadings(effect.perturbation.targets[0]) for effect in effects],
+                self._loadings(target),
+            ),
             "gene sets": (
                 [self.targets.sets(effect.perturbation.targets[0]) for effect in effects],
                 self.targets.sets(target),
@@ -393,19 +407,20 @@ class BasePredictor:
         }
         for name, (rows, query) in features.items():
             known = [i for i, row in enumerate(rows) if row is not None]
+            found = [row for row in rows if row is not None]
             for penalty in TARGET_PENALTIES:
                 said[f"ridge on {name}, {penalty:g}"] = (
                     mean
                     if query is None or len(known) < MIN_LEFT_OUT
                     else kernel_ridge(
-                        np.stack([rows[i] for i in known]),
+                        np.stack(found),
                         [effects[i] for i in known],
                         np.minimum(precision[known], np.median(precision)),
                         query,
                         penalty,
                     )
                 )
-        gene = self.targets.gene_of.get(target)
+        gene = self.on_panel.get(target)
         own = np.zeros_like(mean)
         if gene is not None:
             force = np.zeros_like(mean)
@@ -413,6 +428,12 @@ class BasePredictor:
             own = state.response(force) * (1.0 if perturbation.kind == "activation" else -1.0)
         said["mean with co-variation"] = mean + own
         return said
+
+    def _loadings(self, target: str) -> Vector | None:
+        """Return the unit loadings of a target; None where it is not on the panel or never varies."""
+        gene = self.on_panel.get(target)
+        size = 0.0 if gene is None else float(np.linalg.norm(self.loadings[gene]))
+        return None if gene is None or size == 0 else np.asarray(self.loadings[gene] / size)
 
     def _singles(self, context: str, kind: str) -> list[MeasuredEffect]:
         """Return effects of single targets in this context; where it has none, in all."""
@@ -432,6 +453,42 @@ class BasePredictor:
         }
         said["additive with interactions"] = total + self._interaction(parts, context, state)
         return said
+
+    def described(
+        self,
+        perturbation: Perturbation,
+        context: str,
+        state: ContextState,
+        base: Vector,
+        question: Question | None = None,
+    ) -> Vector:
+        """Describe what is predicted by scores along the main effects of training, ``(3 K,)``: the network is told.
+
+        Sums over the targets, sums of products of two targets, and the largest of the targets' scores.
+
+        Parameters
+        ----------
+        perturbation, context, state
+            As for :meth:`predict`.
+        base
+            What that returns.
+        question
+            What is asked, where it is not what the training set makes of it: of conditions that are left out.
+        """
+        parts = [base]
+        if (question or self.question(perturbation, context)) == "combination":
+            parts = [self.part(perturbation, target, context, state) for target in perturbation.targets]
+        scores = np.stack(parts) @ self.axes.T / self.axis_scale
+        total = scores.sum(axis=0)
+        largest = np.take_along_axis(scores, np.abs(scores).argmax(axis=0)[None], axis=0)[0]
+        return np.concatenate([total, (total**2 - (scores**2).sum(axis=0)) / 2, largest])
+
+    def fit_axes(self) -> None:
+        """Find the main components of the training effects, of single targets where there are several."""
+        singles = [e.change for e in self.effects if len(e.perturbation.targets) == 1]
+        changes = np.stack(singles if len(singles) >= MIN_LEFT_OUT else [e.change for e in self.effects])
+        self.axes = np.linalg.svd(changes, full_matrices=False)[2][:N_EFFECT_COMPONENTS]
+        self.axis_scale = np.sqrt(((changes @ self.axes.T) ** 2).mean(axis=0)) + 1e-9
 
     def part(self, perturbation: Perturbation, target: str, context: str, state: ContextState) -> Vector:
         """Return what one target of a combination does alone: measured where it was, else predicted."""
@@ -494,12 +551,17 @@ class BasePredictor:
         """Fit the weights of a question to training conditions that are left out in its way."""
         if question == "seen":
             return Weights(tuple(names), np.full((1, len(names)), 1.0 / len(names)), np.zeros(0), 0)
-        problems = [(said, change) for said, change, _ in self.left_out(question)]
-        return fit_weights(problems, names)
+        return fit_weights([(said, change) for said, change, _ in self.left_out(question)], names)
+
+    def fit_weights(
+        self, question: Question, problems: Sequence[tuple[Mapping[str, Vector], Vector, MeasuredEffect]]
+    ) -> None:
+        """Fit the weights of a question to what :meth:`left_out` returned for it."""
+        self.weights[question] = fit_weights([(said, change) for said, change, _ in problems], tuple(problems[0][0]))
 
     def left_out(self, question: Question) -> list[tuple[dict[str, Vector], Vector, MeasuredEffect]]:
         """Return, for training conditions left out in the way of a question, what was said and what was measured."""
-        found = []
+        found: list[tuple[dict[str, Vector], Vector, MeasuredEffect]] = []
         firm = [effect for effect in self.effects if effect.precision(self.states) >= MIN_CELLS / 2]
         if len(firm) > MAX_LEFT_OUT:
             firm = [firm[i] for i in np.random.default_rng(0).permutation(len(firm))]
@@ -509,7 +571,7 @@ class BasePredictor:
             rest = self._without(effect, question)
             if rest is None:
                 continue
-            smaller = BasePredictor(rest, self.states, self.targets, self.spread, dict(self.weights))
+            smaller = replace(self, effects=rest, weights=dict(self.weights))
             if smaller.question(effect.perturbation, effect.context) != question:
                 continue
             said = smaller.said(effect.perturbation, effect.context, self.states[effect.context])
