@@ -47,6 +47,7 @@ N_HALVES = 5
 MAX_CELLS_OF_DISTANCE = 1000
 _MAX_CELLS_OF_COMPONENTS = 5000
 _FORMAT = 2
+_CEILING_FORMAT = "2"
 _STREAM = 31
 _OF_NEW_PERTURBATIONS = ("nearest_perturbation", "ridge", "random_forest", "knn")
 _CORPUS = ("ridge_corpus", "random_forest_corpus", "knn_corpus")
@@ -514,6 +515,8 @@ def _rows_of(
     of_split = row_key(*base)
     for name in (*chosen, CEILING):
         fingerprint = predictors[name].fingerprint if name in predictors else ""
+        if name == CEILING:
+            fingerprint = _CEILING_FORMAT
         if name in _CORPUS and corpus is not None:
             fingerprint = hashlib.sha256(np.nan_to_num(corpus).round(5).tobytes()).hexdigest()
         predictor: EffectPredictor | None = None
@@ -649,7 +652,12 @@ def _ceiling(judged: _Judged, perturbation: int, context: int) -> dict[str, Scor
         scores["e_distance"] = judged.e_distance(theirs, sp.csr_matrix(data.values[ours]), None)
         found.append(scores)
     result = {}
+    # what the whole truth leaves open has no ceiling either, whatever one half happens to show
+    whole = metrics.effect_scores(judged.truth(perturbation, context), judged.truth(perturbation, context).change)
     for name in found[0]:
+        if name in whole and whole[name].reason:
+            result[name] = whole[name]
+            continue
         values = [scores[name].value for scores in found if np.isfinite(scores[name].value)]
         reasons = [scores[name].reason for scores in found if scores[name].reason]
         result[name] = Score(float(np.mean(values)), "") if values else Score(float("nan"), reasons[0])

@@ -184,12 +184,10 @@ class PerturbationEvaluation:
     def mean(self, kind: str, method: str, metric: str) -> float:
         """Return the mean over conditions; NaN where none has a value.
 
-        The ceiling at full depth is 2 r / (1 + r), r the ceiling: what cells as many as all held-out ones would say of
-        them. Where r is not above 0, or where metrics are errors, it is r.
+        The ceiling at full depth is :func:`full_depth` of the ceiling.
         """
         if method == FULL_DEPTH:
-            r = self.mean(kind, CEILING, metric)
-            return 2 * r / (1 + r) if metric in CORRECTED and r > 0 else r
+            return full_depth(self.mean(kind, CEILING, metric), metric)
         values = list(self.by_condition(kind, method, metric).values())
         return float(np.mean(values)) if values else float("nan")
 
@@ -220,9 +218,18 @@ class PerturbationEvaluation:
         return Difference(best, float(gaps.mean()), low, high, gaps.size)
 
     def calibrated(self, kind: str, method: str, metric: str) -> float:
-        """Return (u - b) / (r - b), b the mean of training perturbations and r the ceiling at full depth."""
-        u, b, r = (self.mean(kind, name, metric) for name in (method, MEAN, FULL_DEPTH))
-        return calibrated(u, b, r, is_higher_better=METRICS[metric].is_higher_better)
+        """Return (u - b) / (r - b), b the mean of training perturbations and r the ceiling at full depth.
+
+        Means over the conditions that have all three.
+        """
+        names = (method if method != FULL_DEPTH else CEILING, MEAN, CEILING)
+        parts = [self.by_condition(kind, name, metric) for name in names]
+        common = [condition for condition in parts[0] if all(condition in part for part in parts)]
+        if not common:
+            return float("nan")
+        u, b, r = (float(np.mean([part[condition] for condition in common])) for part in parts)
+        r = full_depth(r, metric)
+        return calibrated(r if method == FULL_DEPTH else u, b, r, is_higher_better=METRICS[metric].is_higher_better)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dicts, lists and numbers (JSON)."""
@@ -316,13 +323,16 @@ class PerturbationEvaluation:
         return table(["PearsonΔ", "cells", "controls", "DE genes", *(self.titles[m] for m in methods)], body)
 
     def _without_value(self, kind: str) -> list[str]:
-        found: dict[tuple[str, str], set[str]] = {}
-        for row in self.rows:
-            if row.kind == kind:
-                for name, reason in row.reasons.items():
-                    found.setdefault((METRICS[name].title, reason), set()).add(row.condition)
-        lines = [f"- {title}, {len(where)} conditions: {reason}." for (title, reason), where in sorted(found.items())]
-        return ["", "Without a value:", "", *lines] if lines else []
+        lines = []
+        conditions = self.conditions(kind)
+        for name, metric in METRICS.items():
+            measured = {c for method in self.methods(kind) for c in self.by_condition(kind, method, name)}
+            missing = [condition for condition in conditions if condition not in measured]
+            rows = [row for row in self.rows if row.kind == kind and row.condition in missing and name in row.reasons]
+            reasons = "; ".join(sorted({row.reasons[name] for row in rows}))
+            if missing:
+                lines.append(f"- {metric.title}: {len(missing)} of {len(conditions)} conditions ({reasons})")
+        return ["", "Without a value, and in no mean:", "", *lines] if lines else []
 
     def write(self, folder: Path) -> tuple[Path, Path]:
         """Write ``report.md`` and ``report.json`` to an existing folder."""
@@ -330,6 +340,14 @@ class PerturbationEvaluation:
 
 
 _NUMBERS = ("n_perturbed", "n_control", "n_significant")
+
+
+def full_depth(ceiling: float, metric: str) -> float:
+    """Return 2 r / (1 + r), r the ceiling: what cells as many as all held-out ones would say (Spearman-Brown).
+
+    r itself where it is not above 0, and where the metric is an error.
+    """
+    return 2 * ceiling / (1 + ceiling) if metric in CORRECTED and ceiling > 0 else ceiling
 
 
 def bootstrap_of_mean(values: NDArray[np.float64], rng: np.random.Generator) -> tuple[float, float]:
