@@ -383,7 +383,7 @@ def record_of(model: PerturbationModel, control: ControlCells) -> dict[str, Any]
         "control_cells": control.source,
         "n_control_cells": int(control.cells.n_cells),
         "n_left_out_cells": control.n_dropped,
-        "n_genes_not_measured": int((~control.cells.is_measured.all(axis=0)[model.reader.panel]).sum()),
+        "n_genes_not_measured": int((~np.asarray(control.cells.is_measured.all(axis=0))[model.reader.panel]).sum()),
         "unit": "change of mean log1p(CP10K)",
         **{key: float(value) for key, value in model.details.get("metrics", {}).items()},
     }
