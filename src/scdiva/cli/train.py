@@ -197,9 +197,9 @@ def _finetune_perturbation(file: Path, out: Path, model: str, overrides: list[st
         if key not in names or not value:
             raise ConfigError(f"--set {entry}", expected=f"KEY=VALUE of {', '.join(names)}", fix="correct it")
         try:
-            settings[key] = json.loads(value)
+            settings[key] = _setting(value, getattr(PerturbationTraining(), key))
         except ValueError as error:
-            raise ConfigError(f"--set {entry}", expected="a number, true or false", fix="correct it") from error
+            raise ConfigError(f"--set {entry}", expected=str(error), fix="correct it") from error
     fitted, loaded = finetune_perturbation(
         file, ScDiVa.from_pretrained(model, device="cpu"), out, options=PerturbationTraining(**settings), **data
     )
@@ -216,6 +216,20 @@ def _finetune_perturbation(file: Path, out: Path, model: str, overrides: list[st
     typer.echo(f"{record['minutes']:.1f} minutes; model: {out / BUNDLE}")
     first = fitted.perturbations[0].name
     typer.echo(f"next:  scdiva perturb CONTROL_CELLS OUT.h5ad --model {out / BUNDLE} --perturbation {first}")
+
+
+def _setting(text: str, usual: Any) -> Any:
+    """Read a value of the type of the usual one, which is None for a number that is chosen by the data."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    if isinstance(usual, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    wanted = int if usual is None else type(usual)
+    if type(value) is not wanted:
+        raise ValueError({bool: "true or false", int: "a whole number", float: "a number"}[wanted])
+    return value
 
 
 def _tell(trained: TrainedModel) -> None:

@@ -209,14 +209,18 @@ def fit_perturbation(
     networks: list[PerturbationNetwork] = []
     gates: list[float] = []
     record: dict[str, Any] = {}
-    # a name that is no gene and was seen in training has a vector of its own; left out, nothing is known of it
-    usable = [item for item in items if coder.is_known(item.effect.perturbation)]
-    if options.network and len(usable) >= MIN_CONDITIONS:
+    # a name that is no gene has a vector of its own, learned from its effects; never seen, nothing is known of it
+    usable = [
+        item for item in items if item.question != "single" or item.effect.perturbation.targets[0] not in coder.names
+    ]
+    parts = [_held_out(usable, options.heldout_fraction, seed + i) for i in range(options.n_networks)]
+    is_split = all(trained.any() and held.any() for trained, held in parts)
+    if options.network and len(usable) >= MIN_CONDITIONS and is_split:
         folder = nullcontext(out_dir) if out_dir else tempfile.TemporaryDirectory(prefix="scdiva-")
         with folder as out:
             for i in range(options.n_networks):
                 network, gate, told = _train(
-                    data, model, coder, predictor, reader, usable, options,
+                    data, model, coder, predictor, reader, usable, *parts[i], options,
                     Path(out) / f"network-{i}", seed + i, progress,
                 )  # fmt: skip
                 networks.append(network)
@@ -224,8 +228,10 @@ def fit_perturbation(
                 record[f"network_{i}"] = told
         if not any(gates):
             record["network"] = "trained, and held-out conditions bore out none of its corrections: not used"
-    elif options.network:
+    elif options.network and len(usable) < MIN_CONDITIONS:
         record["network"] = f"not trained: {len(usable)} left-out conditions, {MIN_CONDITIONS} are needed"
+    elif options.network:
+        record["network"] = "not trained: no left-out conditions would remain to learn from beside those to judge by"
     record |= {
         "n_cells": data.n_cells,
         "n_control": int(control.size),
@@ -258,12 +264,13 @@ def fit_perturbation(
 
 
 def _check(options: PerturbationTraining) -> None:
-    if options.n_networks < 1 or options.max_steps < 1 or options.batch_size < 1 or not options.lr > 0:
-        raise ConfigError(
-            f"{options.n_networks} networks, {options.max_steps} steps of {options.batch_size}, lr {options.lr}",
-            expected="at least 1 of each, and a positive learning rate",
-            fix="leave them out",
-        )
+    counts = {name: getattr(options, name) for name in ("n_networks", "max_steps", "batch_size", "patience")}
+    if options.max_targets is not None:
+        counts["max_targets"] = options.max_targets
+    if wrong := [f"{name} = {n}" for name, n in counts.items() if n < 1]:
+        raise ConfigError(", ".join(wrong), expected="at least 1 of each", fix="leave them out")
+    if not options.lr > 0:
+        raise ConfigError(f"lr = {options.lr}", expected="a positive learning rate", fix="leave it out")
     if not 0 < options.heldout_fraction < 1:
         raise ConfigError(
             f"heldout_fraction {options.heldout_fraction}", expected="above 0 and below 1", fix="0.25 is usual"
@@ -413,7 +420,7 @@ def _coder(data: PerturbedCells, model: ScDiVa, options: PerturbationTraining) -
     genes = gene_of_symbol(model.vocabulary)
     names = {t for p in data.perturbations for t in p.targets if p.kind == "treatment" or t not in genes}
     largest = max((len(p.targets) for p in data.perturbations), default=1)
-    places = options.max_targets or max(2, largest)
+    places = max(2, largest) if options.max_targets is None else options.max_targets
     if places < largest:
         raise ConfigError(
             f"max_targets = {places}, and a perturbation of {largest} targets", expected=f"at least {largest}",
@@ -438,6 +445,8 @@ def _train(
     predictor: BasePredictor,
     reader: StateReader,
     items: Sequence[_Item],
+    is_trained: NDArray[np.bool_],
+    is_held: NDArray[np.bool_],
     options: PerturbationTraining,
     out: Path,
     seed: int,
@@ -455,12 +464,6 @@ def _train(
         seed=seed,
     )
     states = predictor.states
-    rng = np.random.default_rng([seed, _HELDOUT_STREAM])
-    # what is left out together is held out together
-    unit = [item.effect.context if item.question == "context" else item.effect.perturbation.name for item in items]
-    units = sorted(set(unit))
-    held = set(rng.permutation(units)[: max(1, round(options.heldout_fraction * len(units)))].tolist())
-    is_held = np.array([u in held for u in unit])
     condition, row = _paired(data, items, np.random.default_rng([seed, _ITEM_STREAM]))
     target = np.stack([item.effect.change for item in items]).astype(np.float32)
     objective = PerturbationObjective(
@@ -485,7 +488,7 @@ def _train(
         ).astype(np.float32),
     )
     collection = _ControlItems(data.cells, row)
-    train, heldout = (np.flatnonzero(is_held[condition] == wanted) for wanted in (False, True))
+    train, heldout = (np.flatnonzero(part[condition]) for part in (is_trained, is_held))
     batch_size = min(options.batch_size, train.size)
     config = LoopConfig.model_validate(
         {
@@ -511,13 +514,17 @@ def _train(
         config=config,
         out_dir=out,
         monitor="wmse",
-        identity={"cells_and_items": _fingerprint(data, row, target)},
+        identity={
+            "cells_and_items": _fingerprint(data, row, target),
+            "model_to_start_from": model.weights_hash(),
+            "network": f"{_n_trained_layers(model, options)} trained layers, {coder.n_places} places",
+        },
         progress=progress,
     )
     network.to(model.device).eval()
     gate, explained = _gate(network, objective, collection, items, is_held, condition)
     record = {
-        "n_conditions": int((~is_held).sum()),
+        "n_conditions": int(is_trained.sum()),
         "n_heldout_conditions": int(is_held.sum()),
         "n_steps": fitted.last_step,
         "best_step": fitted.best_step,
@@ -527,6 +534,25 @@ def _train(
         "share_of_missed_explained": explained,
     }
     return network, gate, record
+
+
+def _held_out(items: Sequence[_Item], fraction: float, seed: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Choose the items that a network learns from, and those that choose its step and gate.
+
+    What is left out together is held out together. An item whose answer is that of a held-out one, because its
+    condition was left out in two ways, is in neither part.
+    """
+    unit = [
+        ("context", item.effect.context) if item.question == "context" else ("what", item.effect.perturbation.name)
+        for item in items
+    ]
+    units = sorted(set(unit))
+    n_held = min(max(1, round(fraction * len(units))), len(units) - 1)
+    rng = np.random.default_rng([seed, _HELDOUT_STREAM])
+    held = {units[i] for i in rng.permutation(len(units))[: max(n_held, 0)]}
+    is_held = np.array([u in held for u in unit], dtype=bool)
+    answers = {id(item.effect) for item, h in zip(items, is_held, strict=True) if h}
+    return np.array([id(item.effect) not in answers for item in items], dtype=bool), is_held
 
 
 def _paired(
@@ -598,6 +624,7 @@ def _gate(
 
 def _fingerprint(data: PerturbedCells, row: NDArray[np.int64], target: NDArray[np.float32]) -> str:
     digest = hashlib.sha256()
+    digest.update(repr(data.perturbations).encode())
     counts = data.cells.counts
     for array in (counts.indptr, counts.indices, counts.data, data.perturbation_code, data.context_code, row, target):
         digest.update(np.ascontiguousarray(array).tobytes())

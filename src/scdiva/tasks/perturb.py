@@ -45,7 +45,7 @@ class ControlCells:
     names
         ``(n_cells,)`` names of the cells.
     n_dropped
-        Cells left out: perturbed ones, and such without a context.
+        Cells left out: perturbed ones, and such without a context or a UMI.
     source
         Where they come from.
     """
@@ -212,10 +212,18 @@ def control_cells(
     Raises
     ------
     SourceError
-        There is no control cell, or genes of the model's panel are not measured.
+        There is no control cell, or most genes of the model's panel are not measured.
+    ConfigError
+        ``control`` without ``perturbation_key``.
     KeyNotFoundError, ScaleError, GeneError
         The data cannot be used.
     """
+    if control is not None and perturbation_key is None:
+        raise ConfigError(
+            f"control = {control!r}, and no column that has it",
+            expected="perturbation_key, the column of .obs that tells control cells from others",
+            fix="name it, or leave control out: all cells are control cells then",
+        )
     source = open_source(data)
     is_kept = np.ones(source.n_cells, dtype=bool)
     if perturbation_key is not None:
@@ -237,20 +245,15 @@ def control_cells(
     rows = np.flatnonzero(is_kept)
     if not rows.size:
         raise SourceError(f"{source.name} has no control cell", expected="at least one", fix="check the file")
-    reader = open_counts(source, model.vocabulary, layer=layer, min_coverage=min_coverage)
+    reader = open_counts(
+        source, model.vocabulary, layer=layer, library_size_key=library_size_key, min_coverage=min_coverage
+    )
     cells = reader.read(rows)
-    if library_size_key is not None:
-        from dataclasses import replace
-
-        size = np.asarray(source.column(library_size_key), dtype=np.float64)[rows]
-        own = np.asarray(cells.counts.sum(axis=1), dtype=np.float64).ravel()
-        if not np.isfinite(size).all() or (size < own).any():
-            raise SourceError(
-                f".obs[{library_size_key!r}] of {source.name} is below the counts of {int((size < own).sum())} cells",
-                expected="each cell's UMIs over all genes",
-                fix="name another column",
-            )
-        cells = replace(cells, library_size=size)
+    if (cells.library_size == 0).any():  # nothing was measured in them; as in training, they are left out
+        is_read = cells.library_size > 0
+        cells, rows = cells.take(np.flatnonzero(is_read)), rows[is_read]
+    if not rows.size:
+        raise SourceError(f"no control cell of {source.name} has a UMI", expected="at least one", fix="check the file")
     is_measured = np.asarray(cells.is_measured.all(axis=0))
     lacking = int((~is_measured[model.reader.panel]).sum())
     if lacking > 0.5 * model.reader.panel.size:
@@ -269,7 +272,7 @@ def control_cells(
 
 
 def wanted_perturbations(model: PerturbationModel, texts: Sequence[str], kind: Kind | None) -> list[Perturbation]:
-    """Read what is asked for: ``"STAT1"``, ``"A+B"``, ``"drug@2.5"``.
+    """Read what is asked for: ``"STAT1"``, ``"A+B"``, ``"drug@2.5"``; what is asked for twice is there once.
 
     Parameters
     ----------
@@ -302,7 +305,7 @@ def wanted_perturbations(model: PerturbationModel, texts: Sequence[str], kind: K
         )
         model.check_answers(perturbation)
         found.append(perturbation)
-    return found
+    return list(dict.fromkeys(found))
 
 
 def perturb(
@@ -325,9 +328,10 @@ def perturb(
     -------
     Perturbed
         ``adata``: a row per perturbation and context; ``X`` the change of log1p(CP10K); layers ``control_mean``,
-        ``predicted_mean`` (at least 0), ``simple_predictors`` (the change without the network), ``expected_error``,
-        ``spread_over_cells``, ``spread_over_seeds``; ``.obs``: perturbation, context, question (what had to be
-        extrapolated), cells, top_genes.
+        ``predicted_mean`` (at least 0; both NaN for genes that the control cells were not measured in),
+        ``simple_predictors`` (the change without the network), ``expected_error``, ``spread_over_cells``,
+        ``spread_over_seeds``; ``.obs``: perturbation, context, question (what had to be extrapolated),
+        n_control_cells, top_genes.
     """
     import anndata as ad
 
@@ -379,6 +383,7 @@ def record_of(model: PerturbationModel, control: ControlCells) -> dict[str, Any]
         "control_cells": control.source,
         "n_control_cells": int(control.cells.n_cells),
         "n_left_out_cells": control.n_dropped,
+        "n_genes_not_measured": int((~np.asarray(control.cells.is_measured.all(axis=0))[model.reader.panel]).sum()),
         "unit": "change of mean log1p(CP10K)",
         **{key: float(value) for key, value in model.details.get("metrics", {}).items()},
     }

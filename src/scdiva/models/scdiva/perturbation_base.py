@@ -42,6 +42,8 @@ PENALTIES = (0.1, 0.3, 1.0)
 """Of regressions on contexts, in units of the features' mean square; noisier contexts are penalised more."""
 TARGET_PENALTIES = (1.0, 3.0, 10.0)
 """Of regressions on targets."""
+N_NEIGHBOURS = 5
+"""Targets that "nearest" is the mean of."""
 N_COMPONENTS = 10
 N_EFFECT_COMPONENTS = 8
 EQUAL_WEIGHT = 0.1
@@ -408,10 +410,11 @@ class BasePredictor:
         for name, (rows, query) in features.items():
             known = [i for i, row in enumerate(rows) if row is not None]
             found = [row for row in rows if row is not None]
+            is_unknown = query is None or not query.any() or len(known) < MIN_LEFT_OUT
             for penalty in TARGET_PENALTIES:
                 said[f"ridge on {name}, {penalty:g}"] = (
                     mean
-                    if query is None or len(known) < MIN_LEFT_OUT
+                    if is_unknown
                     else kernel_ridge(
                         np.stack(found),
                         [effects[i] for i in known],
@@ -419,6 +422,11 @@ class BasePredictor:
                         query,
                         penalty,
                     )
+                )
+            if name != "gene sets":
+                near = () if is_unknown else np.argsort(-(np.stack(found) @ query), kind="stable")[:N_NEIGHBOURS]
+                said[f"nearest on {name}"] = (
+                    mean if is_unknown else np.mean([effects[known[i]].change for i in near], axis=0)
                 )
         gene = self.on_panel.get(target)
         own = np.zeros_like(mean)

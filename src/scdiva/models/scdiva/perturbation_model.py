@@ -55,7 +55,7 @@ class PredictedChange:
     base
         ``(n_genes,)`` what the simple predictors say.
     control_mean
-        ``(n_genes,)`` mean log1p(CP10K) of the control cells.
+        ``(n_genes,)`` mean log1p(CP10K) of the control cells; NaN for genes that they were not measured in.
     error
         ``(n_genes,)`` expected error: root mean squared error of predictions of this size for training conditions that
         were left out; NaN where there were too few to tell.
@@ -98,13 +98,22 @@ class StateReader:
         whole = sp.csr_matrix((data, cells.counts.indices, cells.counts.indptr), shape=cells.counts.shape)
         return sp.csr_matrix(whole[:, self.panel])
 
-    def state(self, values: sp.csr_matrix, z: NDArray[np.floating]) -> ContextState:
-        """Summarise control cells: their values and their z."""
+    def state(
+        self, values: sp.csr_matrix, z: NDArray[np.floating], is_measured: NDArray[np.bool_] | None = None
+    ) -> ContextState:
+        """Summarise control cells: their values and their z.
+
+        Genes of the panel that were not measured, where ``is_measured`` ``(P,)`` says so, are unknown, not zero: they
+        are taken to be at the mean of the training set's control cells.
+        """
         mean = np.asarray(values.mean(axis=0, dtype=np.float64)).ravel()
         square = np.asarray(values.multiply(values).mean(axis=0, dtype=np.float64)).ravel()
+        variance = np.maximum(square - mean**2, 0.0)
+        if is_measured is not None:
+            mean = np.where(is_measured, mean, self.centre)
         return ContextState(
             mean,
-            np.maximum(square - mean**2, 0.0),
+            variance,
             self.axes @ (mean - self.centre),
             np.asarray(z, dtype=np.float64).mean(axis=0),
             values.shape[0],
@@ -217,12 +226,19 @@ class PerturbationModel(PretrainedModel):
         Raises
         ------
         UnsupportedError
-            Control; a drug or cytokine, or a name that is no gene, that was not in training; a gene that the vocabulary
-            lacks; or more targets than the model has places for.
+            Control; a kind that was not in training; a drug or cytokine, or a name that is no gene, that was not in
+            training; a gene that the vocabulary lacks; or more targets than the model has places for.
         """
         if perturbation.is_control:
             raise UnsupportedError("control is no perturbation", expected="a target", fix="name what is perturbed")
-        seen = sorted({target for p in self.perturbations for target in p.targets})
+        kinds = sorted({p.kind for p in self.perturbations})
+        if perturbation.kind not in kinds:
+            raise UnsupportedError(
+                f"no {perturbation.kind} was in the training data",
+                expected=" or ".join(kinds),
+                fix="fine-tune with cells that had one; effects of one kind do not tell those of another",
+            )
+        seen = sorted({target for p in self.perturbations if p.kind == perturbation.kind for target in p.targets})
         shown = ", ".join(seen[:20]) + (" ..." if len(seen) > 20 else "")
         for target in perturbation.targets:
             if target in seen or self.coder.is_known(Perturbation((target,), perturbation.kind)):
@@ -270,7 +286,8 @@ class PerturbationModel(PretrainedModel):
                 expected="at least one", fix="give control cells",
             )  # fmt: skip
         values = self.reader.values(control)
-        state = self.reader.state(values, self.base.latent(control))
+        is_measured = np.asarray(control.is_measured.all(axis=0))[self.reader.panel]
+        state = self.reader.state(values, self.base.latent(control), is_measured)
         base = self.predictor.predict(perturbation, context, state)
         corrections = self._corrections(perturbation, control, context, state, base)
         change = base + corrections.mean(axis=(0, 1)) if corrections.size else base
@@ -286,7 +303,7 @@ class PerturbationModel(PretrainedModel):
         return PredictedChange(
             change=spread_out(change),
             base=spread_out(base),
-            control_mean=spread_out(state.mean),
+            control_mean=spread_out(np.where(is_measured, state.mean, np.nan)),
             error=spread_out(self.expected_error.of(question, change)),
             spread_cells=spread_out(corrections.mean(axis=0).std(axis=0) if corrections.size else nothing),
             spread_seeds=spread_out(corrections.mean(axis=1).std(axis=0) if corrections.size else nothing),
@@ -506,6 +523,8 @@ def _rebuilt(
         arrays["spread"],
         arrays["loadings"].astype(np.float64),
         fitted,
+        arrays["effect_axes"],
+        arrays["effect_scale"],
     )
     coder = PerturbationCoder(base.vocabulary, tuple(described["names"]), int(described["n_places"]))
     networks = []

@@ -13,8 +13,8 @@ Shape letters: B cells, K places, E gene embedding, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -84,12 +84,16 @@ class PerturbationCoder:
     vocabulary: GeneVocabulary
     names: tuple[str, ...]
     n_places: int
+    gene_of: Mapping[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Look the symbols up once: there are tens of thousands of them."""
+        object.__setattr__(self, "gene_of", gene_of_symbol(self.vocabulary))
 
     def is_known(self, perturbation: Perturbation) -> bool:
         """Tell whether every target is a gene of the vocabulary, or has a learned vector."""
-        gene_of = gene_of_symbol(self.vocabulary)
         return all(
-            target in self.names or (perturbation.kind != "treatment" and target in gene_of)
+            target in self.names or (perturbation.kind != "treatment" and target in self.gene_of)
             for target in perturbation.targets
         )
 
@@ -101,7 +105,6 @@ class PerturbationCoder:
         ConfigError
             A target that is neither a gene of the vocabulary nor a name seen in training, or more targets than places.
         """
-        gene_of = gene_of_symbol(self.vocabulary)
         shape = len(perturbations), self.n_places
         what, index, kind = (np.zeros(shape, dtype=np.int64) for _ in range(3))
         dose, has_dose = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=bool)
@@ -118,8 +121,8 @@ class PerturbationCoder:
                 kind[row, place] = KINDS.index(perturbation.kind)
                 if target in self.names:
                     what[row, place], index[row, place] = _NAME, self.names.index(target)
-                elif perturbation.kind != "treatment" and target in gene_of:
-                    what[row, place], index[row, place] = _GENE, gene_of[target]
+                elif perturbation.kind != "treatment" and target in self.gene_of:
+                    what[row, place], index[row, place] = _GENE, self.gene_of[target]
                 else:
                     raise ConfigError(
                         f"{target!r} cannot be perturbed in this model",
