@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from scdiva.models.scdiva.knockout import ReadOut, content_order, knockout_sums
 from scdiva.types import CellCounts
 
 Correction = Literal["lift", "difference", "none"]
+KnockoutScore = Literal["effect", "standardised"]
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ class GrnOptions:
     correction
         Of the attention. "lift": divided by what is expected under the regulator's popularity; "difference": that
         subtracted; "none": the mean attention as it is, which is mostly popularity.
+    knockout_score
+        "effect": the absolute mean change, in nats; "standardised": that over its standard error over cells.
     """
 
     min_cells: int = 20
@@ -58,6 +61,7 @@ class GrnOptions:
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
     correction: Correction = "lift"
+    knockout_score: KnockoutScore = "effect"
 
     def __post_init__(self) -> None:
         """Refuse impossible settings."""
@@ -68,10 +72,12 @@ class GrnOptions:
         ):
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}", expected="a positive number", fix="leave it out")
-        if self.correction not in ("lift", "difference", "none"):
-            raise ConfigError(
-                f"correction={self.correction!r}", expected="'lift', 'difference' or 'none'", fix="name one of these"
-            )
+        for name, chosen, known in (
+            ("correction", self.correction, get_args(Correction)),
+            ("knockout_score", self.knockout_score, get_args(KnockoutScore)),
+        ):
+            if chosen not in known:
+                raise ConfigError(f"{name}={chosen!r}", expected=" or ".join(map(repr, known)), fix="name one of these")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,13 +198,16 @@ def _knockout(
         on_cells=on_cells,
     )
     mean_RT = sums.mean_RT
+    score_RT, over = np.abs(mean_RT), ", in nats"
+    if options.knockout_score == "standardised":
+        score_RT, over = score_RT / np.maximum(sums.standard_error_RT, 1e-12), ", over its standard error over cells"
     by = "profile decoder" if read_out == "profile" else "value head"
     return Scores(
-        np.abs(mean_RT) / np.maximum(sums.standard_error_RT, 1e-12),
+        score_RT,
         np.sign(mean_RT).astype(np.int8),
-        f"absolute mean change of the {by}'s expected log share of the target when the regulator is taken away, over "
-        "its standard error over the cells that express the regulator (at most "
-        f"{sums.n_cells_R.max(initial=0):,} of one); the target's own value is hidden",
+        f"absolute mean change of the {by}'s expected log share of the target when the regulator is taken away from "
+        f"the cells that express it (at most {sums.n_cells_R.max(initial=0):,} of one){over}; the target's own value "
+        "is hidden",
     )
 
 
@@ -318,10 +327,10 @@ def choose_genes(
         A name is unknown, no regulator is left, or no target.
     """
     n_cells_G = np.bincount(cells.counts.indices, minlength=cells.n_genes)
-    is_measured_G = cells.is_measured.any(axis=0)
+    is_measured_G = np.asarray(cells.is_measured.any(axis=0))
     asked = transcription_factors(vocabulary) if regulators is None else np.unique(vocabulary.find(regulators))
     omitted = {}
-    for gene in asked[n_cells_G[asked] < min_cells].tolist():
+    for gene in asked[n_cells_G[asked] < min_cells]:
         reason = f"expressed in {n_cells_G[gene]} cells" if is_measured_G[gene] else "not measured"
         omitted[str(vocabulary.symbol[gene])] = reason
     left = asked[n_cells_G[asked] >= min_cells]
@@ -409,7 +418,8 @@ def infer(
         read = cells.take(np.flatnonzero(content_order(cells) < options.max_cells))
     said = chosen.run(read, model, genes.regulators, genes.targets, options, on_cells)
     score_RT = said.score_RT.astype(np.float32)
-    score_RT[np.equal.outer(genes.regulators, genes.targets)] = np.nan
+    at_R = np.flatnonzero(np.isin(genes.regulators, genes.targets))
+    score_RT[at_R, np.searchsorted(genes.targets, genes.regulators[at_R])] = np.nan  # a gene and itself
     sign_RT = said.sign_RT
     if sign_RT is not None:
         sign_RT = np.where(np.isnan(score_RT), np.int8(0), sign_RT)
