@@ -10,20 +10,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from scdiva.data.conditions import column_text
 from scdiva.data.network import GeneNetwork
+from scdiva.data.reader import CountsReader, measured_share, reader_warnings
 from scdiva.errors import ConfigError, GeneError
 from scdiva.genes import GeneVocabulary
 from scdiva.models.scdiva import ScDiVa
 from scdiva.models.scdiva.attention import attention_sums
 from scdiva.models.scdiva.gene_states import mean_gene_states
 from scdiva.models.scdiva.knockout import ReadOut, content_order, knockout_sums
+from scdiva.tasks.regulons import edge_table
 from scdiva.types import CellCounts
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Correction = Literal["lift", "difference", "none"]
 KnockoutScore = Literal["effect", "standardised"]
@@ -280,6 +286,8 @@ METHODS: Mapping[str, Method] = {
     "gene_embedding": Method(_gene_embedding, False, False, "how alike the model's embeddings of both genes are"),
 }
 """By name; further ones are added here and nowhere else."""
+DEFAULT_METHOD = "knockout"
+"""Directed, signed, cheap, in need of no trunk; and attention alone found nothing (docs/grn.md)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -349,7 +357,7 @@ def grn_cells(
     cells: CellCounts,
     model: ScDiVa,
     regulators: Sequence[str] | None = None,
-    method: str = "attention",
+    method: str = DEFAULT_METHOD,
     *,
     options: GrnOptions | None = None,
     group: str = "",
@@ -434,3 +442,136 @@ def infer(
         n_cells=read.n_cells,
         group=group,
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grn:
+    """The result of :func:`grn`.
+
+    Parameters
+    ----------
+    networks
+        One for all cells, or one for each group.
+    edges
+        The best edges of every regulator, the best first: columns ``group``, ``source``, ``target``, ``score`` and, for
+        methods with signs, ``sign``.
+    record
+        What was done, for ``.uns``.
+    """
+
+    networks: tuple[GeneNetwork, ...]
+    edges: pd.DataFrame
+    record: Mapping[str, Any]
+
+
+def grn(
+    reader: CountsReader,
+    model: ScDiVa,
+    *,
+    method: str = DEFAULT_METHOD,
+    regulators: Sequence[str] | None = None,
+    group_key: str | None = None,
+    options: GrnOptions | None = None,
+    n_top: int = 50,
+    on_cells: OnCells | None = None,
+) -> Grn:
+    """Infer the gene network of a source, or of each group of its cells.
+
+    Parameters
+    ----------
+    reader
+        Raw counts, aligned to the model's vocabulary; they are read into memory.
+    model, method, regulators, options, on_cells
+        As for :func:`grn_cells`.
+    group_key
+        Column of ``.obs``; cells without a value are left out.
+    n_top
+        Targets of each regulator in ``edges``.
+
+    Returns
+    -------
+    Grn
+
+    Raises
+    ------
+    ConfigError, GeneError, UnsupportedError, UntrainedHeadError
+        See :func:`grn_cells`; or ``n_top`` is not positive, or no group has enough cells.
+    KeyNotFoundError
+        There is no such column.
+    """
+    options = options or GrnOptions()
+    if n_top < 1:
+        raise ConfigError(f"n_top={n_top}", expected="a positive number", fix="leave it out")
+    if method not in METHODS:
+        raise ConfigError(f"method {method!r}", expected=f"one of {', '.join(METHODS)}", fix="name one of these")
+    names = [regulators] if isinstance(regulators, str) else regulators
+    if names is not None:
+        model.vocabulary.find(names)  # an unknown name is an error before anything is read
+    rows = {"": np.arange(len(reader))}
+    if group_key is not None:
+        text = column_text(reader.source.column(group_key))
+        rows = {str(group): np.flatnonzero(text == group) for group in np.unique(text) if group}
+    small = {name: found.size for name, found in rows.items() if found.size < options.min_cells}
+    if len(small) == len(rows):
+        raise ConfigError(
+            f"no group of .obs[{group_key!r}] has {options.min_cells} cells"
+            if group_key
+            else f"{len(reader)} cells in {reader.source.name}",
+            expected=f"at least {options.min_cells} cells",
+            fix="give more cells, or lower min_cells",
+        )
+    networks, omitted, done = [], {}, 0
+    for name, found in rows.items():
+        if name in small:
+            continue
+        cells = reader.read(found)
+        chosen = choose_genes(cells, model.vocabulary, names, options.min_cells)
+        if names is not None:
+            omitted.update({_in_group(gene, name): reason for gene, reason in chosen.omitted.items()})
+        networks.append(
+            infer(
+                cells,
+                model,
+                chosen,
+                method,
+                options=options,
+                group=name,
+                on_cells=None if on_cells is None else _after(done, on_cells),
+            )
+        )
+        done += found.size
+    for warning in reader_warnings(reader, model):
+        log.warning("%s: %s", reader.source.name, warning)
+    for what, left_out in (("regulators", omitted), ("groups", {k: f"{n} cells" for k, n in small.items()})):
+        if left_out:
+            shown = ", ".join(f"{name} ({reason})" for name, reason in list(left_out.items())[:10])
+            log.warning("%s: %d %s left out: %s", reader.source.name, len(left_out), what, shown)
+    record = {
+        **model.provenance,
+        "method": method,
+        "directed": METHODS[method].is_directed,
+        "signed": METHODS[method].is_signed,
+        "normalisation": [network.normalisation for network in networks],
+        "regulators": "human transcription factors (Lambert et al. 2018)" if names is None else list(names),
+        "regulators_left_out": [f"{name}: {reason}" for name, reason in omitted.items()],
+        "groups_left_out": [f"{name}: {n} cells" for name, n in small.items()],
+        "group_key": group_key or "",
+        "groups": [network.group for network in networks],
+        "n_cells": [network.n_cells for network in networks],
+        "n_regulators": [int(network.regulators.size) for network in networks],
+        "n_targets": [int(network.targets.size) for network in networks],
+        "n_top": n_top,
+        **{f"option_{key}": "all" if value is None else value for key, value in asdict(options).items()},
+        "counts_in": reader.found.description,
+        "measured_share": measured_share(reader, model),
+        "genes": reader.alignment.counts(),
+    }
+    return Grn(tuple(networks), edge_table(networks, n_top), record)
+
+
+def _in_group(gene: str, group: str) -> str:
+    return f"{gene} in {group}" if group else gene
+
+
+def _after(done: int, on_cells: OnCells) -> OnCells:
+    return lambda n: on_cells(done + n)
