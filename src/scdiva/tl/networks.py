@@ -79,7 +79,8 @@ def grn(
     -------
     AnnData or None
         ``.uns[key_added]["edges"]``: DataFrame with ``group``, ``source``, ``target``, ``score`` and, for methods with
-        signs, ``sign``, the best first. ``.varp[key_added]`` if asked for. ``.uns["scdiva"]["grn"][key_added]``:
+        signs, ``sign``, the best first; ``["targets"]``: all genes that could have had an edge. ``.varp[key_added]`` if
+        asked for. ``.uns["scdiva"]["grn"][key_added]``:
         method, whether directed and signed, what a score means, cells, regulators left out, model, version.
 
     Raises
@@ -95,7 +96,7 @@ def grn(
     _check_varp(varp, reader, group_key)
     found = _grn(reader, model, method=method, regulators=regulators, group_key=group_key, options=options, n_top=n_top)
     target = adata.copy() if copy else adata
-    target.uns[key_added] = {"edges": found.edges}
+    target.uns[key_added] = _slot(found)
     if varp:
         target.varp[key_added] = _matrix(found, reader, model)
     earlier = target.uns.get("scdiva", {})
@@ -161,11 +162,16 @@ def grn_file(
     if target.suffix in EDGE_SUFFIXES:
         write_edges(found.edges, target)
         return found
-    slots: dict[str, Any] = {f"uns/{key_added}": {"edges": found.edges}}
+    slots: dict[str, Any] = {f"uns/{key_added}": _slot(found)}
     if varp:
         slots[f"varp/{key_added}"] = _matrix(found, reader, model)
     write_with_slots(reader.source, target, {**slots, f"uns/scdiva/grn/{key_added}": dict(found.record)})
     return found
+
+
+def _slot(found: Grn) -> dict[str, Any]:
+    targets = np.unique(np.concatenate([network.targets for network in found.networks]))
+    return {"edges": found.edges, "targets": targets.astype(object)}
 
 
 def check_grn_output(path: Path, *, overwrite: bool) -> None:
