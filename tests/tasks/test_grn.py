@@ -124,6 +124,16 @@ class TestInAnnData:
         assert record["n_cells"] == [120]
         assert "log share" in record["normalisation"][0]
 
+    def test_options_are_on_record_and_can_be_saved(self, adata, names, tiny_trunk_model, tmp_path):
+        options = sd.tl.GrnOptions(layers=(0, -1), correction="difference", max_tokens=30, max_cells=50)
+        sd.tl.grn(adata, tiny_trunk_model, regulators=names, method="attention", options=options, key_added="mine")
+        adata.write_h5ad(tmp_path / "a.h5ad")
+        record = ad.read_h5ad(tmp_path / "a.h5ad").uns["scdiva"]["grn"]["mine"]
+        assert list(record["option_layers"]) == [0, -1]
+        assert record["option_heads"] == "all"
+        assert record["option_correction"] == "difference"
+        assert list(record["n_cells"]) == [50]
+
     def test_a_network_for_each_group(self, adata, names, tiny_trunk_model, caplog):
         adata.obs["kind"] = ["a"] * 60 + ["b"] * 55 + [None] * 3 + ["c"] * 2
         sd.tl.grn(adata, tiny_trunk_model, regulators=names, group_key="kind", method="gene_embedding")
