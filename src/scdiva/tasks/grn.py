@@ -1,0 +1,426 @@
+"""``grn``: gene regulation as a model sees it; scored edges from regulators to targets.
+
+Every method is a row of :data:`METHODS`: a function from cells, model, regulators and targets to scores, and what the
+scores mean. What each is worth is measured by ``scdiva evaluate grn``, not claimed here.
+
+Shape letters: R regulators, T targets.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scdiva.data.network import GeneNetwork
+from scdiva.errors import ConfigError, GeneError
+from scdiva.genes import GeneVocabulary
+from scdiva.models.scdiva import ScDiVa
+from scdiva.models.scdiva.attention import attention_sums
+from scdiva.models.scdiva.gene_states import mean_gene_states
+from scdiva.models.scdiva.knockout import ReadOut, content_order, knockout_sums
+from scdiva.types import CellCounts
+
+Correction = Literal["lift", "difference", "none"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class GrnOptions:
+    """How networks are inferred.
+
+    Parameters
+    ----------
+    min_cells
+        Fewest cells: that express a regulator, that express a target, and, for attention, that express both.
+    max_cells
+        Largest number of cells: of a group, or, for knock-outs, of each regulator. Chosen by what is in them, so that
+        their order has no say. None: all.
+    max_tokens
+        Genes of each cell that the trunk reads, the best-ranked, besides the regulators. None: all that the cell
+        expresses. Transcription factors and most of their targets are seldom among the few best-ranked genes that a
+        model was trained to read, and a pair that is not read is a pair that nothing is known of.
+    layers, heads
+        Of the attention: positions, negative ones from the end. None: all.
+    correction
+        Of the attention. "lift": divided by what is expected under the regulator's popularity; "difference": that
+        subtracted; "none": the mean attention as it is, which is mostly popularity.
+    """
+
+    min_cells: int = 20
+    max_cells: int | None = None
+    max_tokens: int | None = None
+    layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    correction: Correction = "lift"
+
+    def __post_init__(self) -> None:
+        """Refuse impossible settings."""
+        for name, value in (
+            ("min_cells", self.min_cells),
+            ("max_cells", self.max_cells),
+            ("max_tokens", self.max_tokens),
+        ):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}", expected="a positive number", fix="leave it out")
+        if self.correction not in ("lift", "difference", "none"):
+            raise ConfigError(
+                f"correction={self.correction!r}", expected="'lift', 'difference' or 'none'", fix="name one of these"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """What a method says of regulators and targets.
+
+    Parameters
+    ----------
+    score_RT
+        The larger, the likelier an edge; NaN where nothing can be said.
+    sign_RT
+        +1, -1, 0; None for a method without signs.
+    normalisation
+        What a score means.
+    """
+
+    score_RT: NDArray[np.float64]
+    sign_RT: NDArray[np.int8] | None
+    normalisation: str
+
+
+OnCells = Callable[[int], None]
+_Run = Callable[
+    [CellCounts, ScDiVa, NDArray[np.int64], NDArray[np.int64], GrnOptions, OnCells | None],
+    Scores,
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way to infer a network.
+
+    Parameters
+    ----------
+    run
+        From cells, model, regulators, targets, options and a callback for progress to scores.
+    is_directed, is_signed
+        What its edges are.
+    meaning
+        One sentence for a biologist.
+    """
+
+    run: _Run
+    is_directed: bool
+    is_signed: bool
+    meaning: str
+
+
+def _attention(
+    cells: CellCounts,
+    model: ScDiVa,
+    regulators: NDArray[np.int64],
+    targets: NDArray[np.int64],
+    options: GrnOptions,
+    on_cells: OnCells | None,
+    *,
+    rollout: bool = False,
+) -> Scores:
+    sums = attention_sums(
+        model,
+        cells,
+        regulators,
+        targets,
+        layers=options.layers,
+        heads=options.heads,
+        rollout=rollout,
+        max_tokens=options.max_tokens,
+        on_cells=on_cells,
+    )
+    n_RT = np.where(sums.n_cells_RT >= options.min_cells, sums.n_cells_RT, np.nan)
+    observed_RT, expected_RT = sums.observed_RT / n_RT, sums.expected_RT / n_RT
+    what = "attention rollout" if rollout else "attention"
+    if options.correction == "lift":
+        score_RT = observed_RT / np.maximum(expected_RT, 1e-12)
+        meaning = f"{what} of the target to the regulator over that of the other genes of the same cells; 1: no more"
+    elif options.correction == "difference":
+        score_RT = observed_RT - expected_RT
+        meaning = f"{what} of the target to the regulator minus that of the other genes of the same cells; 0: no more"
+    else:
+        score_RT = observed_RT
+        meaning = f"mean {what} of the target to the regulator, not corrected for the regulator's popularity"
+    meaning += (
+        f"; means over the at least {options.min_cells} cells that express both; "
+        f"{sums.special_share:.0%} of the genes' attention went to tokens that are no genes and is left out"
+    )
+    return Scores(score_RT, None, meaning)
+
+
+def _rollout(
+    cells: CellCounts,
+    model: ScDiVa,
+    regulators: NDArray[np.int64],
+    targets: NDArray[np.int64],
+    options: GrnOptions,
+    on_cells: OnCells | None,
+) -> Scores:
+    return _attention(cells, model, regulators, targets, options, on_cells, rollout=True)
+
+
+def _knockout(
+    cells: CellCounts,
+    model: ScDiVa,
+    regulators: NDArray[np.int64],
+    targets: NDArray[np.int64],
+    options: GrnOptions,
+    on_cells: OnCells | None,
+    *,
+    read_out: ReadOut = "profile",
+) -> Scores:
+    sums = knockout_sums(
+        model,
+        cells,
+        regulators,
+        targets,
+        read_out=read_out,
+        max_tokens=options.max_tokens,
+        max_cells=options.max_cells,
+        on_cells=on_cells,
+    )
+    mean_RT = sums.mean_RT
+    by = "profile decoder" if read_out == "profile" else "value head"
+    return Scores(
+        np.abs(mean_RT) / np.maximum(sums.standard_error_RT, 1e-12),
+        np.sign(mean_RT).astype(np.int8),
+        f"absolute mean change of the {by}'s expected log share of the target when the regulator is taken away, over "
+        "its standard error over the cells that express the regulator (at most "
+        f"{sums.n_cells_R.max(initial=0):,} of one); the target's own value is hidden",
+    )
+
+
+def _knockout_value(
+    cells: CellCounts,
+    model: ScDiVa,
+    regulators: NDArray[np.int64],
+    targets: NDArray[np.int64],
+    options: GrnOptions,
+    on_cells: OnCells | None,
+) -> Scores:
+    return _knockout(cells, model, regulators, targets, options, on_cells, read_out="value")
+
+
+def _embedding(
+    cells: CellCounts,
+    model: ScDiVa,
+    regulators: NDArray[np.int64],
+    targets: NDArray[np.int64],
+    options: GrnOptions,
+    on_cells: OnCells | None,
+) -> Scores:
+    genes = np.union1d(regulators, targets)
+    state_GD, n_cells_G = mean_gene_states(model, cells, genes, max_tokens=options.max_tokens, on_cells=on_cells)
+    state_GD[n_cells_G < options.min_cells] = np.nan
+    return Scores(
+        _cosines(state_GD, genes, regulators, targets),
+        None,
+        "cosine of the trunk's states of both genes, averaged over the cells that express them, with the mean over all "
+        "genes taken off; below 0: less alike than genes are on average, which does not mean repression",
+    )
+
+
+def _gene_embedding(
+    cells: CellCounts,
+    model: ScDiVa,
+    regulators: NDArray[np.int64],
+    targets: NDArray[np.int64],
+    options: GrnOptions,
+    on_cells: OnCells | None,
+) -> Scores:
+    genes = np.union1d(regulators, targets)
+    weight = model.native("gene embeddings").anchor.gene_embedding.detach().double().cpu().numpy()
+    return Scores(
+        _cosines(weight[genes], genes, regulators, targets),
+        None,
+        "cosine of the model's gene embeddings, with the mean over all genes taken off: what it learned from its own "
+        "corpus, whatever the cells are; below 0 does not mean repression",
+    )
+
+
+def _cosines(
+    vector_GD: NDArray[np.float64], genes: NDArray[np.int64], regulators: NDArray[np.int64], targets: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    centred_GD = vector_GD - np.nanmean(vector_GD, axis=0)
+    unit_GD = centred_GD / np.maximum(np.linalg.norm(centred_GD, axis=1, keepdims=True), 1e-12)
+    return np.asarray(unit_GD[np.searchsorted(genes, regulators)] @ unit_GD[np.searchsorted(genes, targets)].T)
+
+
+METHODS: Mapping[str, Method] = {
+    "attention": Method(_attention, True, False, "how much the target attends to the regulator, given its popularity"),
+    "rollout": Method(_rollout, True, False, "the same, followed through all layers"),
+    "knockout": Method(
+        _knockout, True, True, "what the profile decoder expects of the target with and without the regulator"
+    ),
+    "knockout_value": Method(
+        _knockout_value, True, True, "what the value head expects of the target with and without the regulator"
+    ),
+    "embedding": Method(_embedding, False, False, "how alike the trunk's states of both genes are in these cells"),
+    "gene_embedding": Method(_gene_embedding, False, False, "how alike the model's embeddings of both genes are"),
+}
+"""By name; further ones are added here and nowhere else."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Genes:
+    """Which genes a network is asked of.
+
+    Parameters
+    ----------
+    regulators, targets
+        Gene indices, ascending.
+    omitted
+        Regulators that were asked for and are left out: name to the reason.
+    """
+
+    regulators: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    omitted: Mapping[str, str]
+
+
+def transcription_factors(vocabulary: GeneVocabulary) -> NDArray[np.int64]:
+    """Return the gene indices of the human transcription factors of a vocabulary (Lambert et al., Cell 2018)."""
+    table = vocabulary.annotation()
+    return np.flatnonzero(table["is_tf"].to_numpy(dtype=bool))
+
+
+def choose_genes(
+    cells: CellCounts, vocabulary: GeneVocabulary, regulators: Sequence[str] | None, min_cells: int
+) -> Genes:
+    """Choose regulators and targets: genes that enough cells express.
+
+    Parameters
+    ----------
+    cells
+        Raw counts in the order of the vocabulary.
+    vocabulary
+        The genes.
+    regulators
+        Symbols or Ensembl ids of any genes; None: all human transcription factors.
+    min_cells
+        Fewest cells that express a gene.
+
+    Raises
+    ------
+    GeneError
+        A name is unknown, no regulator is left, or no target.
+    """
+    n_cells_G = np.bincount(cells.counts.indices, minlength=cells.n_genes)
+    is_measured_G = cells.is_measured.any(axis=0)
+    asked = transcription_factors(vocabulary) if regulators is None else np.unique(vocabulary.find(regulators))
+    omitted = {}
+    for gene in asked[n_cells_G[asked] < min_cells].tolist():
+        reason = f"expressed in {n_cells_G[gene]} cells" if is_measured_G[gene] else "not measured"
+        omitted[str(vocabulary.symbol[gene])] = reason
+    left = asked[n_cells_G[asked] >= min_cells]
+    targets = np.flatnonzero(n_cells_G >= min_cells)
+    if not left.size:
+        named = ", ".join(f"{name} ({reason})" for name, reason in list(omitted.items())[:10])
+        raise GeneError(
+            f"none of {asked.size} regulators is expressed in {min_cells} of {cells.n_cells:,} cells: {named}",
+            expected="at least one that is",
+            fix="name other regulators, give more cells, or lower min_cells",
+        )
+    return Genes(left, targets, omitted)
+
+
+def grn_cells(
+    cells: CellCounts,
+    model: ScDiVa,
+    regulators: Sequence[str] | None = None,
+    method: str = "attention",
+    *,
+    options: GrnOptions | None = None,
+    group: str = "",
+    on_cells: OnCells | None = None,
+) -> GeneNetwork:
+    """Infer the gene network of some cells.
+
+    Parameters
+    ----------
+    cells
+        Raw counts in the order of ``model.vocabulary``. Conditions are not told to the model.
+    model
+        A native model; all methods but "gene_embedding" and "knockout" need a trunk that reads sets.
+    regulators
+        Symbols or Ensembl ids of any genes; None: all human transcription factors (Lambert et al. 2018). Those that too
+        few cells express are left out, with a warning that counts and names them.
+    method
+        One of :data:`METHODS`.
+    options
+        Settings of the methods; None: their defaults.
+    group
+        Name of the group that the cells are.
+    on_cells
+        Called with the number of cells done, for progress.
+
+    Returns
+    -------
+    GeneNetwork
+        Regulators and targets are the genes that at least ``options.min_cells`` cells express, in the order of the
+        vocabulary. Neither the order of cells and genes in the file nor what else is asked for changes a score (but for
+        ``max_tokens``, where the regulators that are asked for are read besides).
+
+    Raises
+    ------
+    ConfigError
+        There is no such method.
+    GeneError
+        A regulator is unknown, or none is expressed in enough cells.
+    UnsupportedError, UntrainedHeadError
+        The model cannot do it.
+    """
+    options = options or GrnOptions()
+    if method not in METHODS:
+        raise ConfigError(f"method {method!r}", expected=f"one of {', '.join(METHODS)}", fix="name one of these")
+    genes = choose_genes(cells, model.vocabulary, regulators, options.min_cells)
+    if genes.omitted and regulators is not None:
+        named = ", ".join(f"{name} ({reason})" for name, reason in list(genes.omitted.items())[:10])
+        log.warning("%d regulators left out: %s", len(genes.omitted), named)
+    return infer(cells, model, genes, method, options=options, group=group, on_cells=on_cells)
+
+
+def infer(
+    cells: CellCounts,
+    model: ScDiVa,
+    genes: Genes,
+    method: str,
+    *,
+    options: GrnOptions,
+    group: str = "",
+    on_cells: OnCells | None = None,
+) -> GeneNetwork:
+    """Infer the network of genes that are chosen already; everything else as in :func:`grn_cells`."""
+    chosen = METHODS[method]
+    read = cells
+    if options.max_cells is not None and not chosen.is_signed and cells.n_cells > options.max_cells:
+        read = cells.take(np.flatnonzero(content_order(cells) < options.max_cells))
+    said = chosen.run(read, model, genes.regulators, genes.targets, options, on_cells)
+    score_RT = said.score_RT.astype(np.float32)
+    score_RT[np.equal.outer(genes.regulators, genes.targets)] = np.nan
+    sign_RT = said.sign_RT
+    if sign_RT is not None:
+        sign_RT = np.where(np.isnan(score_RT), np.int8(0), sign_RT)
+    return GeneNetwork(
+        method=method,
+        regulators=model.vocabulary.symbol[genes.regulators],
+        targets=model.vocabulary.symbol[genes.targets],
+        score=score_RT,
+        sign=sign_RT,
+        is_directed=chosen.is_directed,
+        normalisation=said.normalisation,
+        n_cells=read.n_cells,
+        group=group,
+    )
