@@ -107,14 +107,26 @@ def test_permuted_cells_keep_each_genes_counts_within_its_file(planted):
     assert (found.counts != baselines.permuted(cells, seed=1).counts).nnz == 0
 
 
-def test_the_part_of_genes_alone_is_additive(planted):
+def test_the_part_of_genes_alone_is_a_product(planted):
     cells, is_edge, _ = planted
     whole = baselines.spearman(cells, SYMBOLS, REGULATORS, TARGETS, seed=0)
     part = baselines.degree_part(whole)
     other = part.score[:, N_REGULATORS:]
-    np.testing.assert_allclose(other - other[0], np.broadcast_to((other - other[0])[:, :1], other.shape), atol=1e-5)
+    np.testing.assert_allclose(other / other[0], np.broadcast_to((other / other[0])[:, :1], other.shape), rtol=1e-4)
+    expected = np.sqrt(np.nanmean(whole.score[:, 9] ** 2)) * np.sqrt(np.nanmean(whole.score[2] ** 2))
+    assert part.score[2, 9] == pytest.approx(expected, rel=1e-4)
     assert np.isnan(part.score[0, 0])
     assert 1.5 < ratio(part, is_edge) < ratio(whole, is_edge) / 2
+
+
+def test_variability_and_covariance_are_numpys(planted):
+    cells, _, _ = planted
+    one, other = (values[:, 0] for values in baselines.log_values(cells, np.array([1]), np.array([8])))
+    found = baselines.covariance(cells, SYMBOLS, REGULATORS, TARGETS, seed=0)
+    expected = np.cov(one, other, bias=True)
+    assert found.score[1, 8] * found.sign[1, 8] == pytest.approx(expected[0, 1], rel=1e-3)
+    spread = baselines.variability(cells, SYMBOLS, REGULATORS, TARGETS, seed=0)
+    assert spread.score[1, 8] == pytest.approx(np.sqrt(expected[0, 0] * expected[1, 1]), rel=1e-3)
 
 
 def test_expression_knows_only_how_often_genes_are_detected(planted):

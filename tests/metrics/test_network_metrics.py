@@ -163,3 +163,34 @@ def test_differences_of_signs_are_on_common_edges():
     draws = metrics.draw_regulators(5, np.random.default_rng(0))
     found = metrics.sign_difference(truth, ours, other, np.arange(5), draws)
     assert found.value == pytest.approx(1.0 - 0.5)
+
+
+def test_degree_matched_auroc_by_hand():
+    # targets 0-3 have one other known regulator, 4-7 none
+    is_edge = np.array([[1, 1, 0, 0, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0]], dtype=bool)
+    score = np.array([[0.9, 0.2, 0.5, 0.2, 0.1, 0.0, 0.3, 0.1], [0.0] * 8])
+    found = metrics.degree_matched_auroc(score, is_edge, np.ones_like(is_edge))
+    # 0: above both others; 1: below one, tied with the other; 4: above one, below one, tied with one
+    assert found[0] == pytest.approx((1 + 0.25 + 0.5) / 3)
+    assert found[1] == 0.5
+
+
+def test_degree_matched_auroc_is_blind_to_how_well_genes_are_known():
+    rng = np.random.default_rng(8)
+    fame = rng.choice([0.02, 0.1, 0.5], 2000)
+    is_edge = rng.random((30, 2000)) < fame
+    score = np.broadcast_to(fame, is_edge.shape)
+    assert np.mean([metrics.expected_average_precision(s, e) for s, e in zip(score, is_edge, strict=True)]) > 0.4
+    found = metrics.degree_matched_auroc(score, is_edge, np.ones_like(is_edge))
+    # a little above: within a bin, the better known are still a little better known
+    assert found.mean() == pytest.approx(0.5, abs=0.03)
+    told = metrics.degree_matched_auroc(score + 0.2 * is_edge, is_edge, np.ones_like(is_edge))
+    assert told.mean() > 0.9
+
+
+def test_regulators_without_a_value_are_left_out_of_means():
+    draws = metrics.draw_regulators(3, np.random.default_rng(0))
+    found = metrics.mean_interval([1.0, np.nan, 3.0], draws)
+    assert found.value == 2
+    assert (found.low, found.high) == (1, 3)
+    assert np.isnan(metrics.mean_interval([np.nan] * 3, draws).value)

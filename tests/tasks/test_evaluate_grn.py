@@ -81,6 +81,8 @@ def test_methods_are_judged_beside_co_expression(data, truth):
     best, null, expression = (report.compare(key, name) for name in ("spearman", NULL, "expression"))
     assert best.auprc_ratio.value > 3
     assert best.above_genes.low > 1
+    assert best.matched.low > 0.8
+    assert null.matched_difference.high < -0.2
     assert best.auprc_difference is None
     assert null.auprc_difference.high < 0
     assert null.auprc_ratio.value < 2

@@ -71,6 +71,23 @@ def pearson(
     return _signed("pearson", correlation, cells, symbols, regulators, targets, "|Pearson correlation| of log1p(CP10K)")
 
 
+def covariance(
+    cells: CellCounts,
+    symbols: NDArray[np.str_],
+    regulators: NDArray[np.integer],
+    targets: NDArray[np.integer],
+    *,
+    seed: int = 0,
+) -> GeneNetwork:
+    """Co-expression: the absolute covariance of log1p(CP10K), with its sign; variable genes have more of it.
+
+    Parameters as in :func:`spearman`.
+    """
+    values = [each - each.mean(axis=0, dtype=np.float64) for each in log_values(cells, regulators, targets)]
+    found = values[0].T @ values[1] / cells.n_cells
+    return _signed("covariance", found, cells, symbols, regulators, targets, "|covariance| of log1p(CP10K)")
+
+
 def boosting(
     cells: CellCounts,
     symbols: NDArray[np.str_],
@@ -146,6 +163,24 @@ def expression(
     return _network("expression", score, None, cells, symbols, regulators, targets, text, is_directed=False)
 
 
+def variability(
+    cells: CellCounts,
+    symbols: NDArray[np.str_],
+    regulators: NDArray[np.integer],
+    targets: NDArray[np.integer],
+    *,
+    seed: int = 0,
+) -> GeneNetwork:
+    """Score a pair by how much its genes vary: it knows nothing of pairs.
+
+    The product of the standard deviations of log1p(CP10K). Parameters as in :func:`spearman`.
+    """
+    spread = [values.std(axis=0, dtype=np.float64) for values in log_values(cells, regulators, targets)]
+    text = "product of the standard deviations of log1p(CP10K)"
+    score = spread[0][:, None] * spread[1][None, :]
+    return _network("variability", score, None, cells, symbols, regulators, targets, text, is_directed=False)
+
+
 def random(
     cells: CellCounts,
     symbols: NDArray[np.str_],
@@ -165,9 +200,11 @@ def random(
 BASELINES: Mapping[str, Inference] = {
     "spearman": spearman,
     "pearson": pearson,
+    "covariance": covariance,
     "boosting": boosting,
     "extra_trees": extra_trees,
     "expression": expression,
+    "variability": variability,
     "random": random,
 }
 TREES = ("boosting", "extra_trees")
@@ -175,9 +212,11 @@ TREES = ("boosting", "extra_trees")
 TITLES = {
     "spearman": "co-expression (Spearman)",
     "pearson": "co-expression (Pearson)",
+    "covariance": "co-expression (covariance)",
     "boosting": "boosted regression (as GRNBoost2)",
     "extra_trees": "extremely randomised trees (as GENIE3)",
     "expression": "expression of the two genes alone",
+    "variability": "variability of the two genes alone",
     "random": "random numbers",
 }
 
@@ -211,22 +250,19 @@ def permuted(cells: CellCounts, *, seed: int) -> CellCounts:
 
 
 def degree_part(network: GeneNetwork) -> GeneNetwork:
-    """Return what a network says of genes rather than of pairs: mean rank of the regulator plus that of the target.
+    """Return what a network says of genes rather than of pairs: how large the target's scores are, and the regulator's.
 
-    The degree-matched comparison of a method: it scores each gene as the method does, and knows nothing of which
-    regulator has which target.
+    The root mean square of the scores of the target over all regulators times that of the regulator over all targets.
+    It scores each gene as the method does, and knows nothing of which regulator has which target.
     """
-    from scipy.stats import rankdata
-
-    is_known = ~np.isnan(network.score)
-    ranks = np.zeros(network.score.shape)
-    if is_known.any():
-        ranks[is_known] = rankdata(network.score[is_known]) / np.count_nonzero(is_known)
+    square = np.square(network.score.astype(np.float64))
+    is_known = np.isfinite(square)
     parts = []
     for axis in (1, 0):
         n = is_known.sum(axis=axis, keepdims=True)
-        parts.append(np.divide(ranks.sum(axis=axis, keepdims=True), n, out=np.zeros(n.shape), where=n > 0))
-    score = np.where(is_known, parts[0] + parts[1], np.nan).astype(np.float32)
+        total = np.where(is_known, square, 0.0).sum(axis=axis, keepdims=True)
+        parts.append(np.sqrt(np.divide(total, n, out=np.zeros(n.shape), where=n > 0)))
+    score = np.where(is_known, parts[0] * parts[1], np.nan).astype(np.float32)
     return GeneNetwork(
         f"{network.method}, genes alone",
         network.regulators,
@@ -234,7 +270,7 @@ def degree_part(network: GeneNetwork) -> GeneNetwork:
         score,
         None,
         False,
-        "mean rank of the regulator's scores plus mean rank of the target's",
+        "root mean square of the target's scores times that of the regulator's",
         network.n_cells,
         network.group,
     )

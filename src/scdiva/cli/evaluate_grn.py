@@ -37,6 +37,12 @@ def evaluate_grn(
     n_sampled: Annotated[
         int, typer.Option("--sampled-targets", min=2, help="Targets on which regressions are compared.")
     ] = 300,
+    max_cells: Annotated[
+        int, typer.Option("--max-cells", min=1, help="Most cells that the model reads (knock-outs: of each regulator).")
+    ] = 500,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=1, help="Most genes of a cell that the model's trunk reads.")
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Judge gene networks by known regulation, beside co-expression, regressions and nulls."""
@@ -44,6 +50,7 @@ def evaluate_grn(
     from scdiva.errors import OutputError
     from scdiva.models.scdiva import ScDiVa
     from scdiva.tasks import evaluate_grn as task
+    from scdiva.tasks.grn import GrnOptions
 
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file", expected="a folder", fix="name another one with --out")
@@ -52,11 +59,15 @@ def evaluate_grn(
     for known in truths:
         typer.echo(str(known))
     data = task.NetworkCells.open(files, loaded, min_share=min_share)
+    networks, titles, fingerprint = task.model_networks(loaded, GrnOptions(max_cells=max_cells, max_tokens=max_tokens))
     out.mkdir(parents=True, exist_ok=True)
     report = task.evaluate_grn(
         data,
         truths,
-        methods=methods or task.DEFAULT_METHODS,
+        methods=methods or (*task.DEFAULT_METHODS, "response", "response_shuffled"),
+        networks=networks,
+        titles=titles,
+        fingerprint=fingerprint,
         seeds=tuple(range(seeds)),
         min_targets=min_targets,
         n_sampled=n_sampled,

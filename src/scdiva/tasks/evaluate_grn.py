@@ -22,6 +22,7 @@ from scdiva.data.network import GeneNetwork
 from scdiva.data.reader import open_corpus
 from scdiva.errors import ConfigError, ScdivaError
 from scdiva.metrics import network as metrics
+from scdiva.tasks import grn
 from scdiva.tasks.evaluation_rows import append_row, content_hash, package_versions, read_rows, row_key
 from scdiva.tasks.grn_report import DEGREE, NULL, REFERENCE, SHUFFLED, TABLE, GrnReport, Run, drawn
 from scdiva.types import CellCounts
@@ -36,9 +37,10 @@ MIN_TARGETS = 10
 """Known targets among the expressed genes that a regulator must have (our decision)."""
 N_SAMPLED = 300
 """Targets on which regressions are compared."""
-DEFAULT_METHODS = ("spearman", "pearson", "expression", "random", NULL)
+DEFAULT_METHODS = ("spearman", "pearson", "covariance", "expression", "variability", "random", NULL)
 _SAMPLE_STREAM = 59
-_FORMAT = 1
+_FORMAT = 2
+_VERSION_OF_MODEL_METHODS = 1
 _VERSIONS = ("scdiva", "numpy", "scipy", "scikit-learn", "torch")
 
 
@@ -291,6 +293,33 @@ def evaluate_grn(
     return report
 
 
+def model_networks(
+    model: ScDiVa, options: grn.GrnOptions | None = None
+) -> tuple[dict[str, baselines.Inference], dict[str, str], str]:
+    """Return the methods of :data:`scdiva.tasks.grn.METHODS` on a model, what tables call them, and a fingerprint.
+
+    The three are what :func:`evaluate_grn` takes as ``networks``, ``titles`` and ``fingerprint``.
+    """
+    chosen = options or grn.GrnOptions()
+
+    def of(name: str) -> baselines.Inference:
+        def infer(
+            cells: CellCounts,
+            symbols: NDArray[np.str_],
+            regulators: NDArray[np.int64],
+            targets: NDArray[np.int64],
+            *,
+            seed: int,
+        ) -> GeneNetwork:
+            return grn.infer(cells, model, grn.Genes(regulators, targets, {}), name, options=chosen)
+
+        return infer
+
+    titles = {name: f"scDiVa {name.replace('_', ' ')}" for name in grn.METHODS}
+    fingerprint = row_key(str(model.provenance["model_hash"]), repr(chosen), _VERSION_OF_MODEL_METHODS)
+    return {name: of(name) for name in grn.METHODS}, titles, fingerprint
+
+
 def check_controls(report: GrnReport) -> None:
     """Refuse a report in which cells without relations between genes do better than the cells.
 
@@ -385,6 +414,7 @@ def _judged(
         early=scores.early_of_regulator,
         chance=scores.chance_of_regulator,
         prevalence=scores.prevalence_of_regulator,
+        matched=scores.matched_of_regulator,
         pooled={
             "auprc": scores.auprc,
             "early": scores.early,
@@ -444,8 +474,13 @@ def _notes(data: NetworkCells, truths: Sequence[KnownNetwork], min_targets: int,
         "these cells and this truth. Bold: mean of regulators above co-expression's."
     )
     yield (
-        "Above genes alone: minus the AUPRC ratio of the same method's mean ranks of regulators and targets, which "
-        "know nothing of pairs."
+        "Above genes alone: minus the AUPRC ratio of the same method's mean size of scores of regulators and targets, "
+        "which knows nothing of pairs. Databases know most of genes that are studied most: where it is below 0, which "
+        "genes are targets of anything says more than the pairs do."
+    )
+    yield (
+        "Degree-matched AUROC: known targets of a regulator against genes with about as many known other regulators; "
+        "0.5 is chance, also for what knows only how well a gene is studied."
     )
     if has_sample:
         yield "On samples of targets, where regressions are compared, all methods are judged on the same targets."

@@ -50,6 +50,8 @@ class Run:
         The candidate regulators.
     auprc, early, chance, prevalence
         ``(R,)`` of each regulator; as in :class:`scdiva.metrics.network.NetworkScores`.
+    matched
+        ``(R,)`` degree-matched AUROC of each regulator.
     pooled
         auprc, early, chance and prevalence of all candidates in one ranking.
     auprc_draws, early_draws
@@ -80,6 +82,7 @@ class Run:
     early: NDArray[np.float64]
     chance: NDArray[np.float64]
     prevalence: NDArray[np.float64]
+    matched: NDArray[np.float64]
     pooled: Mapping[str, float]
     auprc_draws: NDArray[np.float64]
     early_draws: NDArray[np.float64]
@@ -106,6 +109,7 @@ class Run:
             "key": self.key,
             "regulators": list(self.regulators),
             **{name: _rounded(getattr(self, name)) for name in ("auprc", "early", "chance", "prevalence")},
+            "matched": [or_none(value) for value in self.matched],
             "pooled": dict(self.pooled),
             **{name: _rounded(getattr(self, name)) for name in ("auprc_draws", "early_draws")},
             "n_nan": self.n_nan,
@@ -139,6 +143,7 @@ class Run:
             early=numbers("early"),
             chance=numbers("chance"),
             prevalence=numbers("prevalence"),
+            matched=numbers("matched"),
             pooled={name: float(value) for name, value in found["pooled"].items()},
             auprc_draws=numbers("auprc_draws"),
             early_draws=numbers("early_draws"),
@@ -164,7 +169,7 @@ class Run:
         sample = " on a sample of targets" if self.is_sample else ""
         return (
             f"{self.data}, {self.truth}, {self.method}{part}{sample}, seed {self.seed}: AUPRC ratio {of_each:.3f} by "
-            f"regulator, {ratio:.3f} pooled; {self.seconds:.1f} s"
+            f"regulator, {ratio:.3f} pooled, degree-matched AUROC {np.nanmean(self.matched):.3f}; {self.seconds:.1f} s"
         )
 
 
@@ -180,6 +185,8 @@ class Comparison:
         Of all candidates in one ranking.
     auprc_difference, early_difference, auprc_difference_pooled, early_difference_pooled
         Minus co-expression, the same regulators drawn for both; None for co-expression itself or without it.
+    matched, matched_difference
+        Degree-matched AUROC, mean over regulators, and minus co-expression's.
     above_genes
         AUPRC ratio by regulator minus that of the part that knows nothing of pairs.
     signs, sign_difference
@@ -196,6 +203,8 @@ class Comparison:
     early_difference: Interval | None
     auprc_difference_pooled: Interval | None
     early_difference_pooled: Interval | None
+    matched: Interval
+    matched_difference: Interval | None
     above_genes: Interval | None
     signs: metrics.SignScores | None
     sign_difference: Interval | None
@@ -279,6 +288,8 @@ class GrnReport:
             early_difference=gap(other, "early"),
             auprc_difference_pooled=pooled_gap("pooled_auprc", "auprc_draws"),
             early_difference_pooled=pooled_gap("pooled_early", "early_draws"),
+            matched=metrics.mean_interval(ours["matched"], draws),
+            matched_difference=gap(other, "matched"),
             above_genes=gap(genes, "auprc"),
             signs=signs,
             sign_difference=sign_difference,
@@ -322,6 +333,7 @@ class GrnReport:
             **{name: getattr(run, name) for name in ("data", "truth", "method", "seed", "is_sample")},
             "regulators": list(run.regulators),
             "auprc_ratio": _rounded(run.auprc / run.chance),
+            "matched_auroc": [or_none(value) for value in run.matched],
             "early_ratio": _rounded(run.early / run.prevalence),
         }
 
@@ -349,9 +361,10 @@ class GrnReport:
 
     def _ranking_lines(self, task: tuple[str, str, bool]) -> list[str]:
         lines = [
-            "| method | AUPRC ratio, mean of regulators | minus co-expression | above genes alone | pooled | minus "
-            "co-expression | early precision ratio, mean of regulators | pooled | no score | seconds |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+            "| method | AUPRC ratio, mean of regulators | minus co-expression | above genes alone | pooled | "
+            "minus co-expression | early precision ratio, mean of regulators | pooled | degree-matched AUROC | "
+            "minus co-expression | no score | seconds |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]
         for method in self.methods(task):
             found = self.compare(task, method)
@@ -366,6 +379,8 @@ class GrnReport:
                 _signed(found.auprc_difference_pooled),
                 _text(found.early_ratio),
                 _text(found.early_ratio_pooled),
+                _text(found.matched),
+                _signed(found.matched_difference),
                 f"{found.n_nan:,.0f}",
                 f"{np.mean([run.seconds for run in self.of(task, method)]):.1f}",
             ]
@@ -411,6 +426,8 @@ _INTERVALS = (
     "early_difference",
     "auprc_difference_pooled",
     "early_difference_pooled",
+    "matched",
+    "matched_difference",
     "above_genes",
     "sign_difference",
 )
@@ -426,6 +443,7 @@ def _ratios(runs: Sequence[Run]) -> dict[str, Any]:
     """Return ratios, means over seeds."""
     return {
         "auprc": np.mean([run.auprc / run.chance for run in runs], axis=0),
+        "matched": np.mean([run.matched for run in runs], axis=0),
         "early": np.mean([run.early / run.prevalence for run in runs], axis=0),
         "pooled_auprc": float(np.mean([run.pooled["auprc"] / run.pooled["chance"] for run in runs])),
         "pooled_early": float(np.mean([run.pooled["early"] / run.pooled["prevalence"] for run in runs])),
