@@ -108,6 +108,8 @@ class TestAttention:
         different = np.not_equal.outer(*genes)  # nothing is asked of a gene and itself
         np.testing.assert_allclose(found.expected_RT[different], expected[different], **CLOSE)
         np.testing.assert_array_equal(found.n_cells_RT, n)
+        assert found.n_cells_R.tolist() == [int((cells.counts[:, r] > 0).sum()) for r in genes[0]]
+        assert (found.received_R > 0).all()
         assert found.special_share == pytest.approx(share, rel=1e-4)
         assert 0 < found.special_share < 1
 
@@ -141,6 +143,14 @@ class TestAttention:
             attention_sums(tiny_trunk_model, cells, *genes, heads=())
         with pytest.raises(UnsupportedError, match="no trunk"):
             attention_sums(tiny_model, cells, *genes)
+
+
+def test_attention_received_is_a_multiple_of_an_equal_share(cells, tiny_trunk_model):
+    """Over all genes of one cell it is 1 on average: rows sum to 1."""
+    one = cells.take(np.array([0]))
+    everyone = one.counts.indices.astype(np.int64)
+    found = attention_sums(tiny_trunk_model, one, everyone, everyone[:0])
+    assert found.received_R.mean() == pytest.approx(1.0, rel=1e-4)
 
 
 def test_gene_states_are_means_over_cells(cells, genes, tiny_trunk_model):
@@ -191,7 +201,6 @@ class TestKnockout:
                 hidden = np.flatnonzero(fold == fold[targets[t]])
                 hidden = hidden[hidden != regulators[r]]
                 n = int(np.isin(hidden, cells.counts[row].indices).sum())
-                depth = None
                 said = []
                 for gone in (hidden, np.append(hidden, regulators[r])):
                     masked = one_cell(tiny_trunk_model, cells, row, hidden=gone, n_hidden=n)

@@ -22,6 +22,7 @@ from scdiva.cli import (
     evaluate_integration,
     evaluate_protocol,
     generate,
+    grn,
     impute,
     inspect,
     integrate,
@@ -50,6 +51,7 @@ app.command("reconstruct")(reconstruct.reconstruct)
 app.command("generate")(generate.generate)
 app.command("interpolate")(interpolate.interpolate)
 app.command("augment")(augment.augment)
+app.command("grn")(grn.grn)
 app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
 app.command("pretrain")(train.pretrain)

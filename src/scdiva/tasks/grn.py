@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from scdiva.data.conditions import column_text
 from scdiva.data.network import GeneNetwork
+from scdiva.data.reader import CountsReader, measured_share, reader_warnings
 from scdiva.errors import ConfigError, GeneError
 from scdiva.genes import GeneVocabulary
 from scdiva.models.scdiva import ScDiVa
@@ -24,9 +26,14 @@ from scdiva.models.scdiva.attention import attention_sums
 from scdiva.models.scdiva.gene_states import mean_gene_states
 from scdiva.models.scdiva.knockout import ReadOut, content_order, knockout_sums
 from scdiva.models.scdiva.response import responses
+from scdiva.tasks.regulons import edge_table
 from scdiva.types import CellCounts
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 Correction = Literal["lift", "difference", "none"]
+KnockoutScore = Literal["effect", "standardised"]
 
 _WEIGHT_OF_REPRESSION = 0.5
 """Of six known edges, five are activations (our decision: without it the strongest repressions rank too high)."""
@@ -56,6 +63,8 @@ class GrnOptions:
     correction
         Of the attention. "lift": divided by what is expected under the regulator's popularity; "difference": that
         subtracted; "none": the mean attention as it is, which is mostly popularity.
+    knockout_score
+        "effect": the absolute mean change, in nats; "standardised": that over its standard error over cells.
     """
 
     min_cells: int = 20
@@ -64,6 +73,7 @@ class GrnOptions:
     layers: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
     correction: Correction = "lift"
+    knockout_score: KnockoutScore = "effect"
 
     def __post_init__(self) -> None:
         """Refuse impossible settings."""
@@ -74,10 +84,12 @@ class GrnOptions:
         ):
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}", expected="a positive number", fix="leave it out")
-        if self.correction not in ("lift", "difference", "none"):
-            raise ConfigError(
-                f"correction={self.correction!r}", expected="'lift', 'difference' or 'none'", fix="name one of these"
-            )
+        for name, chosen, known in (
+            ("correction", self.correction, get_args(Correction)),
+            ("knockout_score", self.knockout_score, get_args(KnockoutScore)),
+        ):
+            if chosen not in known:
+                raise ConfigError(f"{name}={chosen!r}", expected=" or ".join(map(repr, known)), fix="name one of these")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -198,13 +210,16 @@ def _knockout(
         on_cells=on_cells,
     )
     mean_RT = sums.mean_RT
+    score_RT, over = np.abs(mean_RT), ", in nats"
+    if options.knockout_score == "standardised":
+        score_RT, over = score_RT / np.maximum(sums.standard_error_RT, 1e-12), ", over its standard error over cells"
     by = "profile decoder" if read_out == "profile" else "value head"
     return Scores(
-        np.abs(mean_RT) / np.maximum(sums.standard_error_RT, 1e-12),
+        score_RT,
         np.sign(mean_RT).astype(np.int8),
-        f"absolute mean change of the {by}'s expected log share of the target when the regulator is taken away, over "
-        "its standard error over the cells that express the regulator (at most "
-        f"{sums.n_cells_R.max(initial=0):,} of one); the target's own value is hidden",
+        f"absolute mean change of the {by}'s expected log share of the target when the regulator is taken away from "
+        f"the cells that express it (at most {sums.n_cells_R.max(initial=0):,} of one){over}; the target's own value "
+        "is hidden",
     )
 
 
@@ -305,6 +320,8 @@ METHODS: Mapping[str, Method] = {
     "gene_embedding": Method(_gene_embedding, False, False, "how alike the model's embeddings of both genes are"),
 }
 """By name; further ones are added here and nowhere else."""
+DEFAULT_METHOD = "knockout"
+"""Directed, signed, cheap, in need of no trunk; and attention alone found nothing (docs/grn.md)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -352,10 +369,10 @@ def choose_genes(
         A name is unknown, no regulator is left, or no target.
     """
     n_cells_G = np.bincount(cells.counts.indices, minlength=cells.n_genes)
-    is_measured_G = cells.is_measured.any(axis=0)
+    is_measured_G = np.asarray(cells.is_measured.any(axis=0))
     asked = transcription_factors(vocabulary) if regulators is None else np.unique(vocabulary.find(regulators))
     omitted = {}
-    for gene in asked[n_cells_G[asked] < min_cells].tolist():
+    for gene in asked[n_cells_G[asked] < min_cells]:
         reason = f"expressed in {n_cells_G[gene]} cells" if is_measured_G[gene] else "not measured"
         omitted[str(vocabulary.symbol[gene])] = reason
     left = asked[n_cells_G[asked] >= min_cells]
@@ -374,7 +391,7 @@ def grn_cells(
     cells: CellCounts,
     model: ScDiVa,
     regulators: Sequence[str] | None = None,
-    method: str = "attention",
+    method: str = DEFAULT_METHOD,
     *,
     options: GrnOptions | None = None,
     group: str = "",
@@ -443,7 +460,8 @@ def infer(
         read = cells.take(np.flatnonzero(content_order(cells) < options.max_cells))
     said = chosen.run(read, model, genes.regulators, genes.targets, options, on_cells)
     score_RT = said.score_RT.astype(np.float32)
-    score_RT[np.equal.outer(genes.regulators, genes.targets)] = np.nan
+    at_R = np.flatnonzero(np.isin(genes.regulators, genes.targets))
+    score_RT[at_R, np.searchsorted(genes.targets, genes.regulators[at_R])] = np.nan  # a gene and itself
     sign_RT = said.sign_RT
     if sign_RT is not None:
         sign_RT = np.where(np.isnan(score_RT), np.int8(0), sign_RT)
@@ -458,3 +476,136 @@ def infer(
         n_cells=read.n_cells,
         group=group,
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grn:
+    """The result of :func:`grn`.
+
+    Parameters
+    ----------
+    networks
+        One for all cells, or one for each group.
+    edges
+        The best edges of every regulator, the best first: columns ``group``, ``source``, ``target``, ``score`` and, for
+        methods with signs, ``sign``.
+    record
+        What was done, for ``.uns``.
+    """
+
+    networks: tuple[GeneNetwork, ...]
+    edges: pd.DataFrame
+    record: Mapping[str, Any]
+
+
+def grn(
+    reader: CountsReader,
+    model: ScDiVa,
+    *,
+    method: str = DEFAULT_METHOD,
+    regulators: Sequence[str] | None = None,
+    group_key: str | None = None,
+    options: GrnOptions | None = None,
+    n_top: int = 50,
+    on_cells: OnCells | None = None,
+) -> Grn:
+    """Infer the gene network of a source, or of each group of its cells.
+
+    Parameters
+    ----------
+    reader
+        Raw counts, aligned to the model's vocabulary; they are read into memory.
+    model, method, regulators, options, on_cells
+        As for :func:`grn_cells`.
+    group_key
+        Column of ``.obs``; cells without a value are left out.
+    n_top
+        Targets of each regulator in ``edges``.
+
+    Returns
+    -------
+    Grn
+
+    Raises
+    ------
+    ConfigError, GeneError, UnsupportedError, UntrainedHeadError
+        See :func:`grn_cells`; or ``n_top`` is not positive, or no group has enough cells.
+    KeyNotFoundError
+        There is no such column.
+    """
+    options = options or GrnOptions()
+    if n_top < 1:
+        raise ConfigError(f"n_top={n_top}", expected="a positive number", fix="leave it out")
+    if method not in METHODS:
+        raise ConfigError(f"method {method!r}", expected=f"one of {', '.join(METHODS)}", fix="name one of these")
+    names = [regulators] if isinstance(regulators, str) else regulators
+    if names is not None:
+        model.vocabulary.find(names)  # an unknown name is an error before anything is read
+    rows = {"": np.arange(len(reader))}
+    if group_key is not None:
+        text = column_text(reader.source.column(group_key))
+        rows = {str(group): np.flatnonzero(text == group) for group in np.unique(text) if group}
+    small = {name: found.size for name, found in rows.items() if found.size < options.min_cells}
+    if len(small) == len(rows):
+        raise ConfigError(
+            f"no group of .obs[{group_key!r}] has {options.min_cells} cells"
+            if group_key
+            else f"{len(reader)} cells in {reader.source.name}",
+            expected=f"at least {options.min_cells} cells",
+            fix="give more cells, or lower min_cells",
+        )
+    networks, omitted, done = [], {}, 0
+    for name, found in rows.items():
+        if name in small:
+            continue
+        cells = reader.read(found)
+        chosen = choose_genes(cells, model.vocabulary, names, options.min_cells)
+        if names is not None:
+            omitted.update({_in_group(gene, name): reason for gene, reason in chosen.omitted.items()})
+        networks.append(
+            infer(
+                cells,
+                model,
+                chosen,
+                method,
+                options=options,
+                group=name,
+                on_cells=None if on_cells is None else _after(done, on_cells),
+            )
+        )
+        done += found.size
+    for warning in reader_warnings(reader, model):
+        log.warning("%s: %s", reader.source.name, warning)
+    for what, left_out in (("regulators", omitted), ("groups", {k: f"{n} cells" for k, n in small.items()})):
+        if left_out:
+            shown = ", ".join(f"{name} ({reason})" for name, reason in list(left_out.items())[:10])
+            log.warning("%s: %d %s left out: %s", reader.source.name, len(left_out), what, shown)
+    record = {
+        **model.provenance,
+        "method": method,
+        "directed": METHODS[method].is_directed,
+        "signed": METHODS[method].is_signed,
+        "normalisation": [network.normalisation for network in networks],
+        "regulators": "human transcription factors (Lambert et al. 2018)" if names is None else list(names),
+        "regulators_left_out": [f"{name}: {reason}" for name, reason in omitted.items()],
+        "groups_left_out": [f"{name}: {n} cells" for name, n in small.items()],
+        "group_key": group_key or "",
+        "groups": [network.group for network in networks],
+        "n_cells": [network.n_cells for network in networks],
+        "n_regulators": [int(network.regulators.size) for network in networks],
+        "n_targets": [int(network.targets.size) for network in networks],
+        "n_top": n_top,
+        **{f"option_{key}": "all" if value is None else value for key, value in asdict(options).items()},
+        "counts_in": reader.found.description,
+        "measured_share": measured_share(reader, model),
+        "genes": reader.alignment.counts(),
+    }
+    return Grn(tuple(networks), edge_table(networks, n_top), record)
+
+
+def _in_group(gene: str, group: str) -> str:
+    return f"{gene} in {group}" if group else gene
+
+
+def _after(done: int, on_cells: OnCells) -> OnCells:
+    return lambda n: on_cells(done + n)

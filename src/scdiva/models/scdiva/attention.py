@@ -56,6 +56,11 @@ class AttentionSums:
         float64 sum, over the same cells, of what all other genes of the cell pay to the regulator on average.
     n_cells_RT
         int32 cells that have both.
+    received_R
+        float64 sum, over the cells that express the regulator, of the mean attention that the other genes pay to it, in
+        multiples of what each gene would get if all got the same.
+    n_cells_R
+        int64 cells that express the regulator.
     special_share
         Share of the genes' attention that went to tokens that are no genes.
     """
@@ -63,6 +68,8 @@ class AttentionSums:
     observed_RT: NDArray[np.float64]
     expected_RT: NDArray[np.float64]
     n_cells_RT: NDArray[np.int32]
+    received_R: NDArray[np.float64]
+    n_cells_R: NDArray[np.int64]
     special_share: float
 
 
@@ -204,6 +211,7 @@ def attention_sums(
     shape = (regulators.size, targets.size)
     observed, expected = np.zeros(shape), np.zeros(shape)
     n_cells = np.zeros(shape, dtype=np.int32)
+    received, n_expressing = np.zeros(regulators.size), np.zeros(regulators.size, dtype=np.int64)
     row_of_gene = np.full(cells.n_genes, -1, dtype=np.int64)
     row_of_gene[regulators] = np.arange(regulators.size)
     column_of_gene = np.full(cells.n_genes, -1, dtype=np.int64)
@@ -219,20 +227,23 @@ def attention_sums(
             on_specials, n_rows = on_specials + specials, n_rows + gene_L.size
             keys = np.flatnonzero(row_of_gene[gene_L] >= 0)
             queries = np.flatnonzero(column_of_gene[gene_L] >= 0)
-            if not (keys.size and queries.size):
+            if not keys.size:
                 continue
             # popularity of a key among the *other* genes: its own row is 0 there
-            popularity_L = between_LL.sum(dim=0) / (gene_L.size - 1)
+            n_others = gene_L.size - 1
             at_keys = torch.from_numpy(keys).to(between_LL.device)
+            popularity = (between_LL.sum(dim=0)[at_keys] / n_others).double().cpu().numpy()
+            received[row_of_gene[gene_L[keys]]] += popularity * n_others
+            n_expressing[row_of_gene[gene_L[keys]]] += 1
             weight = between_LL[:, at_keys].double().cpu().numpy()[queries].T
             at = np.ix_(row_of_gene[gene_L[keys]], column_of_gene[gene_L[queries]])
             observed[at] += weight
-            expected[at] += popularity_L[at_keys].double().cpu().numpy()[:, None]
+            expected[at] += popularity[:, None]
             n_cells[at] += 1
         done += block.n_cells
         if on_cells is not None:
             on_cells(done)
-    return AttentionSums(observed, expected, n_cells, on_specials / max(n_rows, 1))
+    return AttentionSums(observed, expected, n_cells, received, n_expressing, on_specials / max(n_rows, 1))
 
 
 def _chosen(wanted: Sequence[int] | None, n_there: int, what: str) -> list[int]:
