@@ -18,6 +18,7 @@ from scdiva.cli import (
     embed,
     evaluate_annotation,
     evaluate_generation,
+    evaluate_grn,
     evaluate_integration,
     evaluate_protocol,
     generate,
@@ -79,6 +80,7 @@ evaluate.command("generation")(evaluate_generation.evaluate_generation)
 evaluate.command("generation-protocol")(evaluate_protocol.evaluate_protocol)
 evaluate.command("integration")(evaluate_integration.evaluate_integration)
 evaluate.command("embedding")(evaluate_integration.evaluate_embedding)
+evaluate.command("grn")(evaluate_grn.evaluate_grn)
 app.add_typer(evaluate, name="evaluate")
 
 

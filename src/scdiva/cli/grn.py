@@ -36,7 +36,9 @@ def grn(
     ] = None,
     method: Annotated[
         str,
-        typer.Option("--method", help="knockout, knockout_value, attention, rollout, embedding or gene_embedding."),
+        typer.Option(
+            "--method", help="response, knockout, knockout_value, attention, rollout, embedding or gene_embedding."
+        ),
     ] = "knockout",
     group_key: Annotated[
         str | None, typer.Option("--group-key", help=".obs column: a network for each group of cells.")
