@@ -112,7 +112,7 @@ def test_what_cannot_be_done_is_refused(cells, names, tiny_trunk_model, tiny_mod
 
 class TestInAnnData:
     def test_edges_go_to_uns_with_what_they_mean(self, adata, names, tiny_trunk_model):
-        result = sd.tl.grn(adata, tiny_trunk_model, regulators=names, n_top=10, copy=True)
+        result = sd.tl.grn(adata, tiny_trunk_model, regulators=names, method="knockout", n_top=10, copy=True)
         assert "scdiva_grn" not in adata.uns
         edges = result.uns["scdiva_grn"]["edges"]
         assert list(edges.columns) == ["group", "source", "target", "score", "sign"]
@@ -172,10 +172,12 @@ class TestFiles:
         tiny_trunk_model.save_pretrained(tmp_path / "model")
         options = [o for name in names for o in ("--tf", name)]
         out = tmp_path / "out.h5ad"
-        result = cli("grn", h5ad, out, *options, "--model", tmp_path / "model", "--n-top", 7, "--varp")
+        result = cli(
+            "grn", h5ad, out, *options, "--model", tmp_path / "model", "--n-top", 7, "--varp", "--method", "knockout"
+        )
         assert result.code == 0, result.err
         assert "directed, signed" in result.out
-        sd.tl.grn(adata, tiny_trunk_model, regulators=names, n_top=7, varp=True)
+        sd.tl.grn(adata, tiny_trunk_model, regulators=names, method="knockout", n_top=7, varp=True)
         written = ad.read_h5ad(out)
         edges = adata.uns["scdiva_grn"]["edges"]
         pd.testing.assert_frame_equal(
@@ -186,7 +188,10 @@ class TestFiles:
         adata.write_h5ad(tmp_path / "again.h5ad")  # what Python wrote can be saved, too
 
         table = tmp_path / "edges.tsv"
-        assert cli("grn", h5ad, table, *options, "--model", tmp_path / "model", "--n-top", 7).code == 0
+        assert (
+            cli("grn", h5ad, table, *options, "--model", tmp_path / "model", "--n-top", 7, "--method", "knockout").code
+            == 0
+        )
         found = pd.read_csv(table, sep="\t", keep_default_na=False)
         assert (
             found[["source", "target", "sign"]].values.tolist() == edges[["source", "target", "sign"]].values.tolist()
@@ -194,7 +199,7 @@ class TestFiles:
         gmt = tmp_path / "regulons.gmt"
         assert cli("grn", h5ad, gmt, *options, "--model", tmp_path / "model", "--n-top", 7).code == 0
         lines = [line.split("\t") for line in gmt.read_text().splitlines()]
-        assert {line[0][:-3] for line in lines} == set(names)
+        assert {line[0].removesuffix("(+)").removesuffix("(-)") for line in lines} == set(names)
         assert sum(len(line) - 2 for line in lines) == 21
 
     def test_outputs_are_refused_before_any_work(self, cli, h5ad, tmp_path):

@@ -320,8 +320,8 @@ METHODS: Mapping[str, Method] = {
     "gene_embedding": Method(_gene_embedding, False, False, "how alike the model's embeddings of both genes are"),
 }
 """By name; further ones are added here and nowhere else."""
-DEFAULT_METHOD = "knockout"
-"""Directed, signed, cheap, in need of no trunk; and attention alone found nothing (docs/grn.md)."""
+DEFAULT_METHOD = "response"
+"""The best measured, and seconds for all transcription factors (``scdiva evaluate grn``)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

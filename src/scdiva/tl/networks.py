@@ -51,7 +51,7 @@ def grn(
     model
         From ``sd.ScDiVa.from_pretrained``; native.
     method
-        One of ``scdiva.tasks.grn.METHODS``: "knockout", "knockout_value", "response", "attention", "rollout",
+        One of ``scdiva.tasks.grn.METHODS``: "response", "knockout", "knockout_value", "attention", "rollout",
         "embedding", "gene_embedding". What each means, and how good it is: docs/grn.md.
     regulators
         Symbols or Ensembl ids of any genes; None: all human transcription factors (Lambert et al. 2018) that enough
