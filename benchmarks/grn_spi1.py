@@ -53,8 +53,9 @@ def main() -> None:
         "# The SPI1 regulon in myeloid cells",
         "",
         f"{cells.n_cells:,} cells (monocytes and dendritic cells by predicted labels) of "
-        f"{', '.join(Path(file).stem for file in files)}; {symbols.size:,} expressed genes, of which {np.count_nonzero(is_edge & is_candidate):,} are among the "
-        f"{len(signs):,} known targets ({np.count_nonzero(truth[is_candidate] < 0)} repressed).",
+        f"{', '.join(Path(file).stem for file in files)}; {symbols.size:,} expressed genes, of which "
+        f"{np.count_nonzero(is_edge & is_candidate):,} are among the {len(signs):,} known targets "
+        f"({np.count_nonzero(truth[is_candidate] < 0)} repressed).",
         "",
         "| method | AUPRC ratio | known among the first 50 / 100 / 200 (by chance) | activated known targets with the "
         "right sign | repressed known targets with the right sign |",
