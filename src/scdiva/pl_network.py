@@ -268,7 +268,10 @@ def _places(graph: Any, found: Sequence[Any], seed: int) -> dict[str, Any]:
     for community, r in zip(found, radius, strict=True):  # the largest first: rows of a page
         if x > 0 and x + 1.5 * r > width:
             x, y, height = 0.0, y - height, 0.0
-        part = graph.subgraph(community.genes).to_undirected()
+        # built anew: the order of the nodes decides the places, and that of a subgraph differs between processes
+        part = nx.Graph()
+        part.add_nodes_from(community.genes)
+        part.add_edges_from(edge for edge in graph.edges if set(edge) <= set(community.genes))
         local = nx.kamada_kawai_layout(part, weight=None) if len(part) < 60 else nx.spring_layout(part, seed=seed)
         for gene, at in local.items():
             place[gene] = np.array([x + r, y - r]) + 0.85 * r * np.asarray(at)

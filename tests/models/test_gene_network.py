@@ -136,6 +136,17 @@ class TestAttention:
         np.testing.assert_array_equal(few.n_cells_RT[:, own], everything.n_cells_RT[:, own])
         assert few.n_cells_RT[:, ~own].sum() < everything.n_cells_RT[:, ~own].sum()
 
+    def test_cells_of_hardly_any_gene_say_nothing(self, cells, genes, tiny_trunk_model):
+        dense = cells.counts.toarray()[:4]
+        dense[1], dense[2] = 0, 0
+        dense[2, genes[0][0]] = 5
+        few = replace(twins.cell_counts(dense), is_measured=cells.is_measured)
+        found = attention_sums(tiny_trunk_model, few, *genes)
+        full = attention_sums(tiny_trunk_model, few.take(np.array([0, 3])), *genes)
+        np.testing.assert_allclose(found.observed_RT, full.observed_RT, rtol=1e-4)
+        assert np.isfinite(knockout_sums(tiny_trunk_model, few, *genes).total_RT).all()
+        assert mean_gene_states(tiny_trunk_model, few, genes[1])[1].max() <= 3
+
     def test_refuses_what_is_not_there(self, cells, genes, tiny_trunk_model, tiny_model):
         with pytest.raises(ConfigError, match="layers"):
             attention_sums(tiny_trunk_model, cells, *genes, layers=(2,))

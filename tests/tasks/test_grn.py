@@ -112,7 +112,7 @@ def test_what_cannot_be_done_is_refused(cells, names, tiny_trunk_model, tiny_mod
 
 class TestInAnnData:
     def test_edges_go_to_uns_with_what_they_mean(self, adata, names, tiny_trunk_model):
-        result = sd.tl.grn(adata, tiny_trunk_model, regulators=names, n_top=10, copy=True)
+        result = sd.tl.grn(adata, tiny_trunk_model, regulators=names, method="knockout", n_top=10, copy=True)
         assert "scdiva_grn" not in adata.uns
         edges = result.uns["scdiva_grn"]["edges"]
         assert list(edges.columns) == ["group", "source", "target", "score", "sign"]
@@ -123,6 +123,16 @@ class TestInAnnData:
         assert record["regulators"] == names
         assert record["n_cells"] == [120]
         assert "log share" in record["normalisation"][0]
+
+    def test_options_are_on_record_and_can_be_saved(self, adata, names, tiny_trunk_model, tmp_path):
+        options = sd.tl.GrnOptions(layers=(0, -1), correction="difference", max_tokens=30, max_cells=50)
+        sd.tl.grn(adata, tiny_trunk_model, regulators=names, method="attention", options=options, key_added="mine")
+        adata.write_h5ad(tmp_path / "a.h5ad")
+        record = ad.read_h5ad(tmp_path / "a.h5ad").uns["scdiva"]["grn"]["mine"]
+        assert list(record["option_layers"]) == [0, -1]
+        assert record["option_heads"] == "all"
+        assert record["option_correction"] == "difference"
+        assert list(record["n_cells"]) == [50]
 
     def test_a_network_for_each_group(self, adata, names, tiny_trunk_model, caplog):
         adata.obs["kind"] = ["a"] * 60 + ["b"] * 55 + [None] * 3 + ["c"] * 2
@@ -162,10 +172,12 @@ class TestFiles:
         tiny_trunk_model.save_pretrained(tmp_path / "model")
         options = [o for name in names for o in ("--tf", name)]
         out = tmp_path / "out.h5ad"
-        result = cli("grn", h5ad, out, *options, "--model", tmp_path / "model", "--n-top", 7, "--varp")
+        result = cli(
+            "grn", h5ad, out, *options, "--model", tmp_path / "model", "--n-top", 7, "--varp", "--method", "knockout"
+        )
         assert result.code == 0, result.err
         assert "directed, signed" in result.out
-        sd.tl.grn(adata, tiny_trunk_model, regulators=names, n_top=7, varp=True)
+        sd.tl.grn(adata, tiny_trunk_model, regulators=names, method="knockout", n_top=7, varp=True)
         written = ad.read_h5ad(out)
         edges = adata.uns["scdiva_grn"]["edges"]
         pd.testing.assert_frame_equal(
@@ -176,7 +188,10 @@ class TestFiles:
         adata.write_h5ad(tmp_path / "again.h5ad")  # what Python wrote can be saved, too
 
         table = tmp_path / "edges.tsv"
-        assert cli("grn", h5ad, table, *options, "--model", tmp_path / "model", "--n-top", 7).code == 0
+        assert (
+            cli("grn", h5ad, table, *options, "--model", tmp_path / "model", "--n-top", 7, "--method", "knockout").code
+            == 0
+        )
         found = pd.read_csv(table, sep="\t", keep_default_na=False)
         assert (
             found[["source", "target", "sign"]].values.tolist() == edges[["source", "target", "sign"]].values.tolist()
@@ -184,7 +199,7 @@ class TestFiles:
         gmt = tmp_path / "regulons.gmt"
         assert cli("grn", h5ad, gmt, *options, "--model", tmp_path / "model", "--n-top", 7).code == 0
         lines = [line.split("\t") for line in gmt.read_text().splitlines()]
-        assert {line[0][:-3] for line in lines} == set(names)
+        assert {line[0].removesuffix("(+)").removesuffix("(-)") for line in lines} == set(names)
         assert sum(len(line) - 2 for line in lines) == 21
 
     def test_outputs_are_refused_before_any_work(self, cli, h5ad, tmp_path):

@@ -39,7 +39,7 @@ def grn(
         typer.Option(
             "--method", help="response, knockout, knockout_value, attention, rollout, embedding or gene_embedding."
         ),
-    ] = "knockout",
+    ] = "response",
     group_key: Annotated[
         str | None, typer.Option("--group-key", help=".obs column: a network for each group of cells.")
     ] = None,

@@ -320,8 +320,8 @@ METHODS: Mapping[str, Method] = {
     "gene_embedding": Method(_gene_embedding, False, False, "how alike the model's embeddings of both genes are"),
 }
 """By name; further ones are added here and nowhere else."""
-DEFAULT_METHOD = "knockout"
-"""Directed, signed, cheap, in need of no trunk; and attention alone found nothing (docs/grn.md)."""
+DEFAULT_METHOD = "response"
+"""The best measured, and seconds for all transcription factors (``scdiva evaluate grn``)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -595,7 +595,7 @@ def grn(
         "n_regulators": [int(network.regulators.size) for network in networks],
         "n_targets": [int(network.targets.size) for network in networks],
         "n_top": n_top,
-        **{f"option_{key}": "all" if value is None else value for key, value in asdict(options).items()},
+        **{f"option_{key}": _recorded(value) for key, value in asdict(options).items()},
         "counts_in": reader.found.description,
         "measured_share": measured_share(reader, model),
         "genes": reader.alignment.counts(),
@@ -605,6 +605,11 @@ def grn(
 
 def _in_group(gene: str, group: str) -> str:
     return f"{gene} in {group}" if group else gene
+
+
+def _recorded(value: Any) -> Any:
+    """Return an option as .uns can hold it."""
+    return "all" if value is None else list(value) if isinstance(value, tuple) else value
 
 
 def _after(done: int, on_cells: OnCells) -> OnCells:

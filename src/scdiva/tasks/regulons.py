@@ -225,7 +225,16 @@ def communities(
     from scipy.stats import false_discovery_control, hypergeom
 
     undirected = graph.to_undirected()
-    found = nx.community.louvain_communities(undirected, weight=None, seed=seed)
+    # by number: sets of strings have another order in every process
+    names = sorted(undirected)
+    numbered = nx.relabel_nodes(undirected, {name: i for i, name in enumerate(names)})
+    ordered_graph = nx.Graph()
+    ordered_graph.add_nodes_from(range(len(names)))
+    ordered_graph.add_edges_from(sorted(tuple(sorted(edge)) for edge in numbered.edges))
+    found = [
+        {names[i] for i in members}
+        for members in nx.community.louvain_communities(ordered_graph, weight=None, seed=seed)
+    ]
     ordered = [sorted(genes, key=lambda gene: (-undirected.degree(gene), gene)) for genes in found]
     ordered.sort(key=lambda genes: (-len(genes), genes[0]))
     universe = set(background) | set(graph)

@@ -51,8 +51,8 @@ def grn(
     model
         From ``sd.ScDiVa.from_pretrained``; native.
     method
-        One of ``scdiva.tasks.grn.METHODS``: "knockout", "knockout_value", "attention", "rollout", "embedding",
-        "gene_embedding". What each means, and how good it is: docs/grn.md.
+        One of ``scdiva.tasks.grn.METHODS``: "response", "knockout", "knockout_value", "attention", "rollout",
+        "embedding", "gene_embedding". What each means, and how good it is: docs/grn.md.
     regulators
         Symbols or Ensembl ids of any genes; None: all human transcription factors (Lambert et al. 2018) that enough
         cells express. Those named here that too few cells express are left out, with a warning.
