@@ -45,7 +45,7 @@ evaluate breast_immune_spectra_1k_knockout "$DATA/breast_immune_spectra_1k.h5ad"
 
 # what else was tried, and the SPI1 regulon
 # shellcheck disable=SC2086
-"${PYTHON:-python}" "$HERE/grn_variants.py" "$TRUTHS" "$OUT/grn_variants.md" pbmc=$(echo $PBMC | tr ' ' ,) \
+"${PYTHON:-python}" "$HERE/grn_variants.py" "$TRUTHS" "$OUT/grn_variants.md" "$DATA" pbmc=$(echo $PBMC | tr ' ' ,) \
     breast="$DATA/breast_immune_spectra_1k.h5ad"
 # shellcheck disable=SC2086
 "${PYTHON:-python}" "$HERE/grn_spi1.py" "$TRUTHS/grn_SPI1_targets.tsv" "$OUT" $PBMC

@@ -1,8 +1,9 @@
 """What was tried for gene networks, on one set to choose by and others to confirm: docs/results/grn_variants.md.
 
-    python benchmarks/grn_variants.py TRUTHS OUT.md NAME=FILE[,FILE...] [NAME=FILE...]
+    python benchmarks/grn_variants.py TRUTHS OUT.md CORPUS NAME=FILE[,FILE...] [NAME=FILE...]
 
-TRUTHS is a folder with the tables of known regulation. Each row is a matrix of scores.
+CORPUS is the folder of the files that the bundled model was trained on (configs/blood-tiny.toml), TRUTHS that of the
+tables of known regulation. Each row is a matrix of scores.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from scipy.stats import rankdata
 from sklearn.utils.extmath import randomized_svd
 
 from scdiva.baselines import network as baselines
+from scdiva.config import RunConfig, apply_overrides, load_config
 from scdiva.data.known_network import read_truth
 from scdiva.metrics import network as metrics
 from scdiva.models.scdiva import ScDiVa
-from scdiva.models.scdiva.init import normalised_matrix
+from scdiva.models.scdiva.init import corpus_components, normalised_matrix
 from scdiva.models.scdiva.response import mean_jacobian
 from scdiva.tasks.evaluate_grn import Candidates, NetworkCells
 from scdiva.tasks.grn_report import drawn
+from scdiva.tasks.pretrain import open_corpus_of
 
 TRUTHS = {
     "union": "grn_union_signed.tsv.gz",
@@ -31,6 +34,7 @@ TRUTHS = {
     "TRRUST": "grn_trrust_v2_human.tsv.gz",
     "ENCODE": "grn_encode_tfchip_subset.parquet",
 }
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "blood-tiny.toml"
 THRESHOLDS = (0.0, 1.0, 1.5, 2.0, 2.5, 3.0)
 Array = NDArray[np.float64]
 
@@ -63,7 +67,23 @@ def like_norm(norm: Array, rng: np.random.Generator, size: int = 200) -> NDArray
     return place
 
 
-def variants(data: NetworkCells, model: ScDiVa, regulators: NDArray, targets: NDArray) -> Iterator[tuple[str, Array]]:
+def of_corpus(corpus: Array, regulators: NDArray, targets: NDArray) -> Iterator[tuple[str, Array]]:
+    """Give what the model's training starts from: the truncated SVD of its corpus."""
+    dot = corpus[regulators] @ corpus[targets].T
+    yield "SVD of the model's corpus (128): dot product", dot
+    yield "SVD of the model's corpus (128): cosine", unit(corpus[regulators]) @ unit(corpus[targets]).T
+    yield "SVD of the model's corpus (128): dot product, z by regulator, repressions half", half(by_row(dot))
+
+
+def corpus_loadings(folder: str, model: ScDiVa) -> Array:
+    config = apply_overrides(load_config(CONFIG, RunConfig), [f"data.root={folder}"])
+    corpus = open_corpus_of(config, model.vocabulary)
+    return corpus_components([corpus.read(np.arange(len(corpus)))], 128, 0)[0].astype(np.float64)
+
+
+def variants(
+    data: NetworkCells, model: ScDiVa, corpus: Array, regulators: NDArray, targets: NDArray
+) -> Iterator[tuple[str, Array]]:
     """Give the name and the scores of each variant."""
     values = baselines.log_values(data.cells, regulators, targets)
     rho = baselines.spearman(data.cells, data.symbols, regulators, targets)
@@ -72,17 +92,19 @@ def variants(data: NetworkCells, model: ScDiVa, regulators: NDArray, targets: ND
     centred = [each - each.mean(axis=0, dtype=np.float64) for each in values]
     covariance = centred[0].T @ centred[1] / data.cells.n_cells
     spread = [each.std(axis=0) for each in centred]
-    yield "|Spearman| (co-expression)", size
+    yield "Spearman, absolute (co-expression)", size
     yield "Spearman, signed", signed
-    yield "|Spearman|, CLR (z by regulator + z by target)", by_row(size) + by_column(size)
+    yield "Spearman, absolute, CLR (z by regulator + z by target)", by_row(size) + by_column(size)
     yield "Spearman, signed, CLR", by_row(signed) + by_column(signed)
-    yield "|Pearson|", np.abs(covariance) / spread[0][:, None] / spread[1]
-    yield "|covariance|", np.abs(covariance)
+    yield "Pearson, absolute", np.abs(covariance) / spread[0][:, None] / spread[1]
+    yield "covariance, absolute", np.abs(covariance)
     yield "standard deviations alone", spread[0][:, None] * spread[1]
     _, weight, loadings = randomized_svd(normalised_matrix(data.cells), 50, random_state=0)
     for name, own in (("", loadings.T), (", times root of singular value", loadings.T * np.sqrt(weight))):
         yield f"SVD of these cells (50): dot product{name}", own[regulators] @ own[targets].T
     yield "SVD of these cells (50): cosine", unit(loadings.T[regulators]) @ unit(loadings.T[targets]).T
+
+    yield from of_corpus(corpus, regulators, targets)
 
     anchor = model.native("gene networks").anchor
     genes = anchor.gene_embedding.detach().double().cpu().numpy()
@@ -91,7 +113,7 @@ def variants(data: NetworkCells, model: ScDiVa, regulators: NDArray, targets: ND
     cosine, dot = unit(one) @ unit(other).T, one @ other.T
     yield "gene embeddings: norms alone", np.linalg.norm(one, axis=1)[:, None] * norm
     yield "gene embeddings: cosine", cosine
-    yield "gene embeddings: |cosine|", np.abs(cosine)
+    yield "gene embeddings: absolute cosine", np.abs(cosine)
     middle = genes[np.union1d(regulators, targets)].mean(axis=0)
     yield "gene embeddings: cosine, mean taken off", unit(one - middle) @ unit(other - middle).T
     yield "gene embeddings: cosine, CLR", by_row(cosine) + by_column(cosine)
@@ -99,8 +121,8 @@ def variants(data: NetworkCells, model: ScDiVa, regulators: NDArray, targets: ND
     yield "gene embeddings: dot product", dot
     yield "gene embeddings: dot product, z by regulator", by_row(dot)
     yield "gene embeddings: dot product, z by target", by_column(dot)
-    yield "rank average: |Spearman|, cosine of embeddings", ranks(size) + ranks(cosine)
-    yield "rank average: |Spearman|, dot product", ranks(size) + ranks(dot)
+    yield "rank average: absolute Spearman, cosine of embeddings", ranks(size) + ranks(cosine)
+    yield "rank average: absolute Spearman, dot product", ranks(size) + ranks(dot)
 
     z = model.latent(data.cells)
     direction = _directions(anchor, z)
@@ -147,7 +169,8 @@ def main() -> None:
     model = ScDiVa.from_pretrained("scdiva-blood-tiny", device="cpu")
     truths = [read_truth(folder / file, model.vocabulary, name=name) for name, file in TRUTHS.items()]
     lines, sign_lines = [], []
-    for argument in sys.argv[3:]:
+    corpus = corpus_loadings(sys.argv[3], model)
+    for argument in sys.argv[4:]:
         name, files = argument.split("=", 1)
         data = NetworkCells.open(files.split(","), model, name=name)
         candidates = [Candidates.of(truth, data) for truth in truths]
@@ -156,7 +179,7 @@ def main() -> None:
         draws = [drawn(each.regulators.size) for each in candidates]
         reference: list[metrics.NetworkScores] = []
         lines += [f"| {name} | {' | '.join(TRUTHS)} |", "|---|" + "---:|" * len(TRUTHS)]
-        for title, score in variants(data, model, regulators, data.expressed):
+        for title, score in variants(data, model, corpus, regulators, data.expressed):
             found = [
                 metrics.network_scores(score[row], each.is_edge, each.is_candidate, drawn_)
                 for row, each, drawn_ in zip(rows, candidates, draws, strict=True)
@@ -165,7 +188,7 @@ def main() -> None:
             cells = [_cell(*each) for each in zip(found, reference, draws, strict=True)]
             lines.append(f"| {title} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
-            if title == "|Spearman| (co-expression)":
+            if title == "Spearman, absolute (co-expression)":
                 other = baselines.spearman(data.cells, data.symbols, regulators, data.expressed).sign
             if title == "response, z by regulator":
                 sign_lines += _sign_lines(name, score, other, candidates, rows, draws)
@@ -174,7 +197,7 @@ def main() -> None:
         "# Gene networks: what was tried",
         "",
         "Each cell: AUPRC ratio / pooled AUPRC ratio / degree-matched AUROC; means over regulators but for the pooled "
-        "one. An up or down arrow: above or below |Spearman| by the 95 % interval of the paired difference over "
+        "one. An up or down arrow: above or below absolute Spearman by the 95 % interval of the paired difference over "
         "regulators. Method and threshold were chosen on the first set; the others confirm. Made by "
         "`benchmarks/grn_variants.py`.",
         "",
