@@ -5,8 +5,9 @@ Usage::
     python scripts/build_gene_tables.py --ref DIR [--out src/scdiva/genes/tables]
 
 ``DIR`` holds ``human_genes_gencode48.tsv.gz``, ``vocab_candidate_41818.tsv.gz``, ``ensembl_id_moves.tsv.gz``,
-``ensembl_symbol_history.tsv.gz``, ``gene_aliases.tsv.gz``, ``orthologs_human_mouse_one2one.tsv.gz`` and
-``mouse_genes_gencodeM37.tsv.gz``. The output is deterministic: rows are sorted and the gzip header carries no time.
+``ensembl_symbol_history.tsv.gz``, ``gene_aliases.tsv.gz``, ``orthologs_human_mouse_one2one.tsv.gz``,
+``mouse_genes_gencodeM37.tsv.gz`` and ``genesets_msigdb_hallmark_v7.5.1.json.gz``. The output is deterministic: rows are
+sorted and the gzip header carries no time.
 What each output holds, from which source and under which licence: ``src/scdiva/genes/tables/README.md``.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -130,6 +132,14 @@ def build(ref: Path, out: Path) -> None:
         ("mouse_symbol", "human_ensembl_id"),
         ((symbol, human_of_mouse_symbol.get(symbol, "")) for symbol in symbols),
     )
+
+    packed = (ref / "genesets_msigdb_hallmark_v7.5.1.json.gz").read_bytes()
+    sets = {
+        name.removeprefix("HALLMARK_"): sorted(found) for name, found in json.loads(gzip.decompress(packed)).items()
+    }
+    text = json.dumps(dict(sorted(sets.items())), separators=(",", ":"))
+    (out / "hallmark_sets.json.gz").write_bytes(gzip.compress(text.encode(), compresslevel=9, mtime=0))
+    print(f"hallmark_sets.json.gz: {len(sets)} sets")
 
 
 def main() -> None:

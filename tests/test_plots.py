@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 
 import scdiva as sd
-from scdiva.errors import KeyNotFoundError, SourceError
+from scdiva.errors import ConfigError, GeneError, KeyNotFoundError, SourceError
 
 
 def test_a_picture_is_written_whole_or_not_at_all(adata, tmp_path, monkeypatch):
@@ -155,3 +156,64 @@ class TestPath:
         with pytest.raises(KeyNotFoundError, match="scdiva_position"):
             sd.pl.path(adata, {"one": adata}, tmp_path / "a.png", color="cell_type", source="type 0", target="type 1",
                        keys=("score",))  # fmt: skip
+
+
+@pytest.fixture
+def network(adata):
+    """Cells with a network of two groups: interferon genes that one gene activates, and others that one represses."""
+    interferon = ["ISG15", "MX1", "IFIT3", "IFI44L", "LY6E"]
+    rows = [
+        {"group": group, "source": source, "target": target, "score": 1.0 / (i + 1), "sign": sign}
+        for group in ("a", "b")
+        for source, sign, targets in (("IRF7", 1, interferon), ("TCF7", -1, ["GNLY", "NKG7", "CST7"]))
+        for i, target in enumerate(targets)
+    ]
+    background = [*interferon, "IRF7", "TCF7", *(f"GENE{i}" for i in range(500))]
+    adata.uns["scdiva_grn"] = {"edges": pd.DataFrame(rows), "targets": np.array(background, dtype=object)}
+    return adata
+
+
+class TestGeneNetworks:
+    def test_are_drawn(self, network, tmp_path):
+        sd.pl.grn_network(network, tmp_path / "net.png", group="a")
+        sd.pl.grn_heatmap(network, tmp_path / "map.png", group="a")
+        sd.pl.regulon(network, tmp_path / "tf.png", tf="IRF7", group="b", known=["MX1"])
+        for name in ("net.png", "map.png", "tf.png"):
+            assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+    def test_without_signs_too(self, network, tmp_path):
+        network.uns["scdiva_grn"]["edges"] = network.uns["scdiva_grn"]["edges"].drop(columns="sign").iloc[:8]
+        sd.pl.grn_network(network, tmp_path / "net.png")
+        sd.pl.grn_heatmap(network, tmp_path / "map.png")
+        sd.pl.regulon(network, tmp_path / "tf.png", tf="TCF7")
+        assert len(list(tmp_path.iterdir())) == 3
+
+    def test_communities_and_signs_are_in_the_legend(self, network, tmp_path, monkeypatch):
+        said = []
+        axes = __import__("matplotlib.axes", fromlist=["Axes"]).Axes
+        original = axes.legend
+        monkeypatch.setattr(axes, "legend", lambda self, *a, **k: (said.append(a[1]), original(self, *a, **k))[1])
+        sd.pl.grn_network(network, tmp_path / "net.png", group="a")
+        text = " ".join(said[0])
+        assert "INTERFERON" in text
+        assert "TCF7 and its neighbours" in text
+        assert text.endswith("activates represses")
+
+    def test_bars_point_where_the_signs_do(self, network, tmp_path, monkeypatch):
+        drawn = []
+        axes = __import__("matplotlib.axes", fromlist=["Axes"]).Axes
+        original = axes.barh
+        monkeypatch.setattr(axes, "barh", lambda self, *a, **k: (drawn.append(a[1]), original(self, *a, **k))[1])
+        sd.pl.regulon(network, tmp_path / "a.png", tf="IRF7", group="a")
+        sd.pl.regulon(network, tmp_path / "b.png", tf="TCF7", group="a", n_targets=2)
+        assert (drawn[0] > 0).all()
+        assert drawn[1].tolist() == [-1.0, -0.5]
+
+    def test_what_is_missing_is_named(self, network, tmp_path):
+        with pytest.raises(ConfigError, match="2 groups"):
+            sd.pl.grn_network(network, tmp_path / "a.png")
+        with pytest.raises(KeyNotFoundError, match="other"):
+            sd.pl.grn_heatmap(network, tmp_path / "a.png", key="other")
+        with pytest.raises(GeneError, match="SPI1"):
+            sd.pl.regulon(network, tmp_path / "a.png", tf="SPI1", group="a")
+        assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scdiva.errors import KeyNotFoundError
+from scdiva.pl_network import grn_heatmap, grn_network, regulon
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from scdiva.metrics.generation_space import LabelledCells
 
-__all__ = ["generation", "marker_dots", "path", "steps", "umap"]
+__all__ = ["generation", "grn_heatmap", "grn_network", "marker_dots", "path", "regulon", "steps", "umap"]
 
 _MAX_TYPES_OF_DOTS = 12
 _SHARES = (0.1, 0.5, 1.0)

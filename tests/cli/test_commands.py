@@ -177,6 +177,7 @@ def test_version_and_help(cli):
         "pretrain",
         "finetune",
         "generate",
+        "grn",
         "impute",
         "reconstruct",
         "evaluate",

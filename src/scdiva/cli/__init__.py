@@ -18,10 +18,12 @@ from scdiva.cli import (
     embed,
     evaluate_annotation,
     evaluate_generation,
+    evaluate_grn,
     evaluate_integration,
     evaluate_perturbation,
     evaluate_protocol,
     generate,
+    grn,
     impute,
     inspect,
     integrate,
@@ -52,6 +54,7 @@ app.command("generate")(generate.generate)
 app.command("perturb")(perturb.perturb)
 app.command("interpolate")(interpolate.interpolate)
 app.command("augment")(augment.augment)
+app.command("grn")(grn.grn)
 app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
 app.command("pretrain")(train.pretrain)
@@ -81,6 +84,7 @@ evaluate.command("generation-protocol")(evaluate_protocol.evaluate_protocol)
 evaluate.command("integration")(evaluate_integration.evaluate_integration)
 evaluate.command("perturbation")(evaluate_perturbation.evaluate_perturbation)
 evaluate.command("embedding")(evaluate_integration.evaluate_embedding)
+evaluate.command("grn")(evaluate_grn.evaluate_grn)
 app.add_typer(evaluate, name="evaluate")
 
 

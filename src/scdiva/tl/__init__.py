@@ -9,11 +9,13 @@ from scdiva.tl.generation import generate, generate_file
 from scdiva.tl.imputation import impute, impute_file
 from scdiva.tl.integration import integrate, integrate_file
 from scdiva.tl.interpolation import interpolate
+from scdiva.tl.networks import GrnOptions, grn, grn_file, regulons
 from scdiva.tl.perturbation import perturb, perturb_file
 from scdiva.tl.reconstruction import reconstruct, reconstruct_file
 
 __all__ = [
     "FineTuning",
+    "GrnOptions",
     "annotate",
     "annotate_file",
     "augment",
@@ -22,6 +24,8 @@ __all__ = [
     "fit_cell_typer",
     "generate",
     "generate_file",
+    "grn",
+    "grn_file",
     "impute",
     "impute_file",
     "integrate",
@@ -31,4 +35,5 @@ __all__ = [
     "perturb_file",
     "reconstruct",
     "reconstruct_file",
+    "regulons",
 ]

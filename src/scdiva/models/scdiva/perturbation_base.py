@@ -410,24 +410,17 @@ class BasePredictor:
         for name, (rows, query) in features.items():
             known = [i for i, row in enumerate(rows) if row is not None]
             found = [row for row in rows if row is not None]
-            is_unknown = query is None or not query.any() or len(known) < MIN_LEFT_OUT
+            if query is None or len(known) < MIN_LEFT_OUT:
+                said |= {f"ridge on {name}, {penalty:g}": mean for penalty in TARGET_PENALTIES}
+                said[f"nearest on {name}"] = mean
+                continue
+            stacked, of = np.stack(found), [effects[i] for i in known]
+            firm = np.minimum(precision[known], np.median(precision))
             for penalty in TARGET_PENALTIES:
-                said[f"ridge on {name}, {penalty:g}"] = (
-                    mean
-                    if is_unknown
-                    else kernel_ridge(
-                        np.stack(found),
-                        [effects[i] for i in known],
-                        np.minimum(precision[known], np.median(precision)),
-                        query,
-                        penalty,
-                    )
-                )
-            if name != "gene sets":
-                near = () if is_unknown else np.argsort(-(np.stack(found) @ query), kind="stable")[:N_NEIGHBOURS]
-                said[f"nearest on {name}"] = (
-                    mean if is_unknown else np.mean([effects[known[i]].change for i in near], axis=0)
-                )
+                said[f"ridge on {name}, {penalty:g}"] = kernel_ridge(stacked, of, firm, query, penalty)
+            near = np.argsort(-(stacked @ query), kind="stable")[:N_NEIGHBOURS]
+            said[f"nearest on {name}"] = np.mean([of[i].change for i in near], axis=0)
+        said.pop("nearest on gene sets")  # most targets share no set with any other
         gene = self.on_panel.get(target)
         own = np.zeros_like(mean)
         if gene is not None:
