@@ -1,5 +1,5 @@
 #!/bin/sh
-# The baselines of perturbation: docs/results/perturbation.md.
+# Effects of perturbations, ours beside baselines: docs/results/perturbation.md.
 #
 #     sh benchmarks/perturbation.sh DATA OUT [SEEDS]
 #
@@ -21,36 +21,32 @@ evaluate() {
         --control control --model "${MODEL:-scdiva-blood-tiny}" --out "$OUT/$name"
 }
 
-# only these methods: the model is fine-tuned for every split, which takes long
+# only these methods; where the network is trained for every split, it takes minutes for each
 methods() {
     for method in no_change mean "$@" ridge random_condition; do
         printf -- '--methods %s ' $method
     done
 }
-CONTEXT=$(methods additive nearest_context)
-SINGLE=$(methods nearest_perturbation random_forest knn)
-CORPUS="$SINGLE --methods ridge_corpus --methods random_forest_corpus --methods knn_corpus"
+CONTEXT=$(methods scdiva additive nearest_context)
+SINGLE=$(methods scdiva_simple nearest_perturbation random_forest knn ridge_corpus random_forest_corpus knn_corpus \
+    ridge_sets random_forest_sets)
 
 # interferon beta in each cell type; types of half of the cells are transferred labels, those of the second run are not
 KANG="$DATA/perturb_kang_ifnb.h5ad --kind treatment --context-key cell_type --split unseen_context --no-corpus $CONTEXT"
 evaluate kang $KANG --seeds "$SEEDS"
 evaluate kang_author $KANG --seeds "$SEEDS" --filter "cell_type_source=Seurat annotation"
 
-# knock-outs one at a time
-evaluate papalexi "$DATA/perturb_papalexi_eccite303.h5ad" --batch-key batch --library-size-key n_umis_full \
-    --split unseen_single --folds 0 --min-coverage 0 $CORPUS --seeds "$SEEDS"
-evaluate gasperini "$DATA/perturb_gasperini_k562_tss366.h5ad" --exclude enhancer_only --batch-key batch \
-    --split unseen_single --folds 0 --min-coverage 0 $CORPUS --seeds "$SEEDS"
-
-# the simulator
-"$PYTHON" -c "
-import numpy as np, sys
-from scdiva.datasets import simulate_perturbations
-simulate_perturbations(np.random.default_rng(0)).to_adata().write_h5ad(sys.argv[1])
-" "$OUT/simulated.h5ad"
-evaluate simulated_unseen_single "$OUT/simulated.h5ad" --split unseen_single --no-corpus $SINGLE --seeds "$SEEDS"
-evaluate simulated_combination "$OUT/simulated.h5ad" --split combination --no-corpus $SINGLE --methods additive \
+# knock-outs one at a time; in five folds also with the network
+PAPALEXI="$DATA/perturb_papalexi_eccite303.h5ad --batch-key batch --library-size-key n_umis_full --min-coverage 0"
+evaluate papalexi $PAPALEXI --split unseen_single --folds 0 $SINGLE --seeds "$SEEDS"
+evaluate papalexi_network $PAPALEXI --split unseen_single --folds 5 --methods scdiva --methods scdiva_simple --seeds 1
+GASPERINI="$DATA/perturb_gasperini_k562_tss366.h5ad --exclude enhancer_only --batch-key batch --min-coverage 0"
+evaluate gasperini $GASPERINI --split unseen_single --folds 0 $SINGLE --seeds "$SEEDS"
+evaluate gasperini_seen $GASPERINI --split seen --methods scdiva_simple --methods no_change --methods additive \
     --seeds "$SEEDS"
+
+# the simulator, where it is known which pairs interact
+"$PYTHON" "$HERE/perturbation_simulated.py" "$OUT/simulated" --seeds "$SEEDS"
 
 # what it does to the figures if control cells are shared between prediction and truth
 "$PYTHON" "$HERE/perturbation_shared_controls.py" "$DATA"
