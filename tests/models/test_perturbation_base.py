@@ -352,15 +352,26 @@ def test_a_planted_interaction_is_found():
     assert missed["additive with interactions"] < 0.1 * missed["additive"]
 
 
+def test_interactions_are_learned_from_pairs_whose_parts_were_measured():
+    singles, pairs = pairs_with(0.5)
+    of_7 = [p for p in pairs if "g7" in p.perturbation.targets]
+    others = [p for p in pairs if "g7" not in p.perturbation.targets]
+    known, fewer = predictor([*singles[:7], *pairs]), predictor([*singles[:7], *others])
+    parts = [e.change for e in singles[:2]]
+    assert of_7
+    assert np.allclose(known._interaction(parts, "a"), fewer._interaction(parts, "a"))
+    assert known._interaction(parts, "a").any()
+
+
 def test_without_an_interaction_next_to_none_is_said():
     singles, pairs = pairs_with(0.0)
     known = predictor([*singles, *pairs[:-1]])
     parts = [e.change for e in singles[:2]]
     # pure noise in what pairs do beyond the sum: no interaction does best on pairs that are left out
-    assert np.abs(known._interaction(parts, "a", known.states["a"])).max() < 0.05
+    assert np.abs(known._interaction(parts, "a")).max() < 0.05
     exact, sums = pairs_with(0.0, noise=0.0)
     exactly = predictor([*exact, *sums[:-1]])
-    assert np.abs(exactly._interaction([e.change for e in exact[:2]], "a", exactly.states["a"])).max() < 1e-9
+    assert np.abs(exactly._interaction([e.change for e in exact[:2]], "a")).max() < 1e-9
 
 
 def test_interactions_left_out_in_closed_form_are_those_of_refits():

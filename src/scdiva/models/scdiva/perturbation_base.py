@@ -452,7 +452,7 @@ class BasePredictor:
             "additive, noise shrunk": np.sum([shrunk(part, noise) for part in parts], axis=0),
             "larger part": largest,
         }
-        said["additive with interactions"] = total + self._interaction(parts, context, state)
+        said["additive with interactions"] = total + self._interaction(parts, context)
         return said
 
     def described(
@@ -494,22 +494,31 @@ class BasePredictor:
     def part(self, perturbation: Perturbation, target: str, context: str, state: ContextState) -> Vector:
         """Return what one target of a combination does alone: measured where it was, else predicted."""
         single = replace(perturbation, targets=(target,))
-        for effect in self._same(single):
-            if effect.context == context:
-                return effect.change
-        return self.predict(single, context, state)
+        measured = self._measured(single, context)
+        return self.predict(single, context, state) if measured is None else measured
+
+    def _measured(self, perturbation: Perturbation, context: str) -> Vector | None:
+        """Return what a perturbation does in a context; None where it was not measured there."""
+        return next((effect.change for effect in self._same(perturbation) if effect.context == context), None)
 
     def _noise(self, context: str) -> Vector:
         here = [effect.noise for effect in self.effects if effect.context == context]
         return np.asarray(np.mean(here or [effect.noise for effect in self.effects], axis=0))
 
-    def _interaction(self, parts: Sequence[Vector], context: str, state: ContextState) -> Vector:
+    def _interaction(self, parts: Sequence[Vector], context: str) -> Vector:
         """Predict what a combination does beyond the sum of its parts, from how other combinations do.
 
-        Ridge regression on products of the parts' scores along the main components of single effects; the penalty has
-        the least error on combinations left out one by one, and no interaction at all is among the choices.
+        Ridge regression on products of the parts' scores along the main components of single effects, learned from
+        combinations whose parts were all measured alone; the penalty has the least error on combinations left out one
+        by one, and no interaction at all is among the choices.
         """
-        pairs = [e for e in self.effects if len(e.perturbation.targets) > 1 and e.context == context]
+        pairs = []
+        for effect in self.effects:
+            if len(effect.perturbation.targets) > 1 and effect.context == context:
+                alone = [replace(effect.perturbation, targets=(target,)) for target in effect.perturbation.targets]
+                of = [change for single in alone if (change := self._measured(single, context)) is not None]
+                if len(of) == len(alone):
+                    pairs.append((effect, of))
         singles = [e for e in self.effects if len(e.perturbation.targets) == 1 and e.context == context]
         nothing = np.zeros_like(parts[0])
         if len(pairs) < 2 * MIN_LEFT_OUT or len(singles) < MIN_LEFT_OUT:
@@ -525,8 +534,7 @@ class BasePredictor:
             return np.asarray((np.outer(total, total) - squares)[rows, columns])
 
         rows, left = [], []
-        for effect in pairs:
-            of = [self.part(effect.perturbation, target, context, state) for target in effect.perturbation.targets]
+        for effect, of in pairs:
             rows.append(products(of))
             left.append(effect.change - np.sum(of, axis=0))
         x, y, query = np.stack(rows), np.stack(left), products(parts)

@@ -477,6 +477,21 @@ def on_panel(features: TargetFeatures, panel: NDArray[np.integer]) -> dict[str, 
     return {symbol: position[gene] for symbol, gene in features.gene_of.items() if gene in position}
 
 
+def _check_shapes(arrays: Mapping[str, NDArray[Any]], n_effects: int, n_contexts: int, n_genes: int) -> None:
+    panel = arrays["panel"]
+    n = panel.size
+    if n and not (panel.min() >= 0 and panel.max() < n_genes):
+        raise ValueError("panel: genes that the vocabulary does not have")
+    expected: dict[str, tuple[int, ...]] = dict.fromkeys(("panel", "centre", "spread"), (n,))
+    expected |= {name: (arrays[name].shape[0], n) for name in ("axes", "effect_axes")}
+    expected |= {"loadings": (n, arrays["loadings"].shape[-1]), "effect_scale": (arrays["effect_axes"].shape[0],)}
+    expected |= dict.fromkeys(("change", "noise"), (n_effects, n))
+    expected |= dict.fromkeys(("state_mean", "state_variance"), (n_contexts, n))
+    for name, shape in expected.items():
+        if arrays[name].shape != shape:
+            raise ValueError(f"{name} is {arrays[name].shape}, not {shape}")
+
+
 def _rebuilt(
     cls: type[PerturbationModel],
     base: ScDiVa,
@@ -488,6 +503,7 @@ def _rebuilt(
     arrays = {name.removeprefix("base."): t.numpy() for name, t in weights.items() if name.startswith("base.")}
     panel = arrays["panel"]
     contexts = list(described["contexts"])
+    _check_shapes(arrays, len(described["effects"]), len(contexts), base.vocabulary.n_genes)
     states = {
         context: ContextState(
             arrays["state_mean"][i],
