@@ -46,7 +46,7 @@ N_NEIGHBOURS = 5
 """Targets that "nearest" is the mean of."""
 N_COMPONENTS = 10
 N_EFFECT_COMPONENTS = 8
-EQUAL_WEIGHT = 0.1
+EQUAL_WEIGHT = 0.3
 """How strongly weights are drawn towards equal ones, relative to the predictors' mean square."""
 QUANTILES = (0.9, 0.98)
 """Shares of the genes below which a predicted change counts as small, and as middling."""
