@@ -142,7 +142,7 @@ def test_weights_prefer_the_right_predictor_and_are_not_negative():
     assert found.weight.shape == (3, 2)
     assert (found.weight >= 0).all()
     assert (found.weight[:, 0] > 0.8).all()
-    assert (found.weight[:2, 1] < 0.2).all()  # where both say much there are few genes, and equal weights pull
+    assert (found.weight[:2, 1] < 0.3).all()  # where both say much there are few genes, and equal weights pull
     said, truth = problems(1, 0.0, seed=9)[0]
     assert np.mean((found.combine(said) - truth) ** 2) < 0.3 * np.mean(
         (0.5 * (said["right"] + said["wrong"]) - truth) ** 2
