@@ -1,0 +1,223 @@
+"""How real are drawn perturbed cells of a cell type that was never seen perturbed?
+
+    python benchmarks/perturbed_cells.py --data perturb_kang_ifnb.h5ad --out docs/results/perturbed_cells --run DIR
+
+The stimulated cells of some types are left out; scdiva-blood-tiny is fine-tuned on the rest, told what was done. Of each
+type left out, one half of the stimulated cells is the sample that all others are judged against; the other half is the
+ceiling, and its mean change the upper bound of a prediction. The other prediction is the mean change of the types that
+were seen. Principal components are those of cells of other types. Rows are printed as they finish.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from scdiva.baselines.perturbation_cells import control_cells, negative_binomial_cells, shifted_cells
+from scdiva.config import LoopConfig
+from scdiva.data.output import replacing
+from scdiva.data.perturbations import Perturbation
+from scdiva.data.reader import open_counts
+from scdiva.data.shifting import mean_log1p
+from scdiva.metrics.generation_classifiers import c2st_auc
+from scdiva.metrics.generation_distances import energy_distance, mmd2
+from scdiva.metrics.generation_genes import (
+    correlation,
+    gene_correlations,
+    kolmogorov_smirnov,
+    zero_fraction_error,
+)
+from scdiva.metrics.generation_space import ReferenceSpace, log_cp10k
+from scdiva.models.scdiva import ScDiVa
+from scdiva.models.scdiva.objectives import tokeniser_of
+from scdiva.models.scdiva.perturbation_tokens import PerturbationCoder
+from scdiva.models.scdiva.perturbed_cells import PerturbationDenoising, draw_perturbed
+from scdiva.training import fit
+from scdiva.types import CellCounts
+
+N_TREES, JUDGE_SEEDS = 200, (0, 1, 2)
+N_CORRELATED = 200
+IFNB = Perturbation(("IFNB",), "treatment")
+CONTROL = Perturbation(())
+
+
+class InMemory:
+    """Cells as a collection; positions are ``cell_index``."""
+
+    def __init__(self, cells: CellCounts) -> None:
+        self.cells = replace(cells, cell_index=np.arange(cells.n_cells))
+
+    def __len__(self) -> int:
+        return self.cells.n_cells
+
+    def read(self, indices: np.ndarray) -> CellCounts:
+        return self.cells.take(np.asarray(indices))
+
+    def describe(self, indices: list[int]) -> str:
+        return ", ".join(map(str, indices))
+
+
+def loop(seed: int, n_steps: int, batch_size: int) -> LoopConfig:
+    every = max(1, n_steps // 4)
+    return LoopConfig.model_validate(
+        {
+            "seed": seed,
+            "optim": {"lr": 5e-4, "gene_lr_ratio": 20.0, "warmup_steps": min(50, n_steps // 4), "ema_decay": 0.98},
+            "training": {
+                "max_steps": n_steps,
+                "batch_size": batch_size,
+                "validate_every": every,
+                "checkpoint_every": every,
+                "n_validation_cells": 256,
+                "device": "cpu",
+            },
+        }
+    )
+
+
+def mean_change(stimulated: CellCounts, control: CellCounts) -> np.ndarray:
+    return mean_log1p(stimulated.counts, stimulated.library_size) - mean_log1p(control.counts, control.library_size)
+
+
+def judged(
+    made: sp.csr_matrix, real: sp.csr_matrix, control: sp.csr_matrix, space: ReferenceSpace, target: np.ndarray
+) -> dict[str, float]:
+    """All figures of one sample of cells against the real one, which has as many cells or more."""
+    n = min(made.shape[0], real.shape[0])
+    made, real = sp.csr_matrix(made[:n]), sp.csr_matrix(real[:n])
+    values = [space.values(x) for x in (real, made)]
+    points = [space.project(v) for v in values]
+    logs = [log_cp10k(x) for x in (real, made, control)]
+    means = [np.asarray(x.mean(axis=0), dtype=np.float64).ravel() for x in logs]
+    is_used = np.bincount(real.indices, minlength=real.shape[1]) >= 3
+    spread = np.asarray(logs[0].multiply(logs[0]).mean(axis=0)).ravel() - means[0] ** 2
+    detected = np.bincount(real.indices, minlength=real.shape[1]) / n
+    order = np.argsort(-np.where(detected >= 0.2, spread, 0), kind="stable")[:N_CORRELATED]
+    pairs = [gene_correlations(x[:, order].toarray()) for x in logs[:2]]
+    is_there = np.isfinite(pairs[0])
+    changed = np.argsort(-np.abs(means[0] - means[2]), kind="stable")[:50]
+    pairs_changed = [gene_correlations(x[:, changed].toarray()) for x in logs[:2]]
+    changed_there = np.isfinite(pairs_changed[0])
+    deviation = [np.sqrt(np.maximum(x.multiply(x).mean(axis=0) - np.square(x.mean(axis=0)), 0)) for x in logs[:2]]
+    deviation = [np.asarray(x).ravel() for x in deviation]
+    c2st = {
+        f"c2st_{name}": float(
+            np.mean([c2st_auc(*x, classifier=judge, seed=seed, n_trees=N_TREES) for seed in JUDGE_SEEDS])
+        )
+        for name, judge, x in (
+            ("genes", "forest", values), ("components", "forest", points), ("logistic", "logistic", points)
+        )
+    }  # fmt: skip
+    return {
+        "energy": energy_distance(*points),
+        "mmd2": mmd2(*points),
+        **c2st,
+        "correlations": correlation(pairs[0][is_there], np.nan_to_num(pairs[1][is_there]), by_rank=False),
+        "correlations_changed": correlation(
+            pairs_changed[0][changed_there], np.nan_to_num(pairs_changed[1][changed_there]), by_rank=False
+        ),
+        "sd_ratio_changed": float(np.median(deviation[1][changed] / np.maximum(deviation[0][changed], 1e-9))),
+        "zero_fractions": zero_fraction_error(real, made, is_used),
+        "zero_fractions_changed": zero_fraction_error(real[:, changed], made[:, changed], np.ones(50, bool)),
+        "change_pearson": correlation(means[0] - means[2], means[1] - means[2], by_rank=False),
+        "mean_error_predicted": float(np.abs(means[1] - target)[is_used].mean()),
+        "library_ks": kolmogorov_smirnov(*(np.asarray(x.sum(axis=1), float).ravel() for x in (real, made))),
+        "genes_ks": kolmogorov_smirnov(*(np.diff(x.indptr).astype(float) for x in (real, made))),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", default="scdiva-blood-tiny")
+    parser.add_argument("--types", nargs="+", default=["CD14 Mono", "CD4 Naive T", "B"])
+    parser.add_argument("--run", type=Path, required=True, help="folder of the fine-tuning; taken up where it was left")
+    parser.add_argument("--n-steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--max-cells", type=int, default=200, help="drawn cells of each type")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--out", type=Path, required=True, help="result without suffix: .json, and the table printed")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    adata = ad.read_h5ad(arguments.data)
+    model = ScDiVa.from_pretrained(arguments.model, device="cpu")
+    model = model.restricted(open_counts(adata, model.vocabulary).alignment.is_measured)
+    cells = open_counts(adata, model.vocabulary).read(np.arange(adata.n_obs))
+    cells = replace(cells, cell_index=np.arange(cells.n_cells))
+    type_of = adata.obs["cell_type"].astype(str).to_numpy()
+    is_stimulated = adata.obs["perturbation"].astype(str).to_numpy() != "control"
+    is_left_out = is_stimulated & np.isin(type_of, arguments.types)
+
+    coder = PerturbationCoder(model.vocabulary, IFNB.targets, 1)
+    both = coder.codes([CONTROL, IFNB])
+    of_cell = both.take(torch.from_numpy(is_stimulated.astype(np.int64)))
+    objective = PerturbationDenoising(model, of_cell, n_names=1)
+    rng = np.random.default_rng(0)
+    usable = rng.permutation(np.flatnonzero(~is_left_out))
+    heldout, train = np.sort(usable[:128]), np.sort(usable[128:])
+    started = time.monotonic()
+    fitted = fit(
+        objective, InMemory(cells), train_indices=train, heldout_indices=heldout,
+        config=loop(0, arguments.n_steps, arguments.batch_size), out_dir=arguments.run, progress=False,
+    )  # fmt: skip
+    print(f"fine-tuned: step {fitted.best_step} of {fitted.last_step}, {fitted.minutes:.1f} minutes", flush=True)
+    objective.calibrate(cells.take(train), np.random.default_rng(1))
+    print(f"calibrated after {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
+    tokeniser = tokeniser_of(model.config, model.statistics)
+    told = both.take(torch.tensor([1]))
+
+    rows: list[dict[str, Any]] = []
+    for name in arguments.types:
+        of_type = type_of == name
+        control = cells.take(np.flatnonzero(of_type & ~is_stimulated))
+        others = [
+            (cells.take(np.flatnonzero(is_stimulated & (type_of == other))), cells.take(np.flatnonzero(~is_stimulated & (type_of == other))))
+            for other in sorted(set(type_of) - set(arguments.types))
+        ]  # fmt: skip
+        of_others = np.mean([mean_change(*pair) for pair in others if min(p.n_cells for p in pair) >= 30], axis=0)
+        space = ReferenceSpace.fit(cells.counts[np.flatnonzero(~of_type)], seed=0)
+        for seed in arguments.seeds:
+            stimulated = np.random.default_rng([seed, 7]).permutation(np.flatnonzero(of_type & is_stimulated))
+            half = stimulated.size // 2
+            real, other_half = (cells.take(part) for part in (stimulated[:half], stimulated[half : 2 * half]))
+            n = min(half, arguments.max_cells)
+            control_mean = mean_log1p(control.counts, control.library_size)
+
+            def add(how: str, change: str, made: CellCounts | sp.csr_matrix, target: np.ndarray, seconds: float) -> None:
+                counts = made if sp.issparse(made) else made.counts
+                found = judged(counts, real.counts, control.counts, space, target)
+                rows.append({"type": name, "seed": seed, "cells": how, "change": change, **found, "seconds": seconds})
+                print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}), flush=True)
+
+            add("real cells, other half", "", other_half.take(np.arange(n)), control_mean, 0.0)
+            add("control cells", "", control_cells(control, n, seed), control_mean, 0.0)
+            for change_name, change in (("true", mean_change(other_half, control)), ("other types", of_others)):
+                target = np.maximum(control_mean + change, 0)
+                for how, draw in (
+                    ("shifted counts", lambda: shifted_cells(control, change, n, seed)),
+                    ("negative binomial", lambda: negative_binomial_cells(control, change, n, seed)),
+                    *((
+                        f"scDiVa, {redrawn}{'' if z == 'moved' else ', z ' + z}",
+                        lambda redrawn=redrawn: draw_perturbed(
+                            objective.network, tokeniser, told, control, change, n_cells=n, seed=seed, redrawn=redrawn
+                        ).cells,
+                    ) for redrawn, z in (("changed", "moved"), ("all", "moved"))),
+                ):  # fmt: skip
+                    began = time.monotonic()
+                    made = draw()
+                    add(how, change_name, made, target, time.monotonic() - began)
+    with replacing(arguments.out.with_suffix(".json")) as partial:
+        partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Cells whose counts are moved until their mean expression is a given one: molecules are taken away, or added.
+
+A gene whose mean is to fall is thinned: each molecule stays with one probability. A gene whose mean is to rise gains
+Poisson counts, at one rate per UMI of the cell. So cells keep what they are, depth and subtype included, and only as
+many molecules change as the mean asks for. (Our decision.)
+
+Shape letters: G genes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from scdiva.data.statistics import CP10K
+from scdiva.errors import ConfigError
+from scdiva.types import CellCounts
+
+_ROUNDS = 3
+"""Moved counts change library sizes, and these all CP10K; the third round changes next to nothing."""
+_MAX_ADDED_SHARE = 0.2
+"""Largest share of a library that one gene may gain."""
+
+
+@dataclass(frozen=True, slots=True)
+class CountShift:
+    """How counts are moved.
+
+    Parameters
+    ----------
+    kept_G
+        float64 probability with which each molecule of a gene stays.
+    added_G
+        float64 expected number of added molecules, per UMI of the cell's library.
+    target_G
+        float64 mean of log1p(CP10K) that is aimed at.
+    """
+
+    kept_G: NDArray[np.float64]
+    added_G: NDArray[np.float64]
+    target_G: NDArray[np.float64]
+
+    @classmethod
+    def fit(cls, cells: CellCounts, change_G: NDArray[np.floating], rng: np.random.Generator) -> Self:
+        """Find the numbers at which some cells get a predicted mean.
+
+        Parameters
+        ----------
+        cells
+            Control cells.
+        change_G
+            ``(n_genes,)`` predicted change of the mean of log1p(CP10K). Where a mean would fall below 0 it is 0. NaN,
+            or a gene that no cell's file measures: it stays as it is.
+        rng
+            Source of randomness.
+
+        Raises
+        ------
+        ConfigError
+            No cells, changes of another number of genes, or infinite ones.
+        """
+        change = checked_change(change_G, cells)
+        target = target_mean(cells, change)
+        by_gene = sp.csc_matrix(cells.counts)
+        kept, added = np.ones(cells.n_genes), np.zeros(cells.n_genes)
+        library = cells.library_size.astype(np.float64)
+        share = np.maximum(library, 0.0) / max(library.sum(), 1.0)
+        moved = library.copy()
+        state = rng.bit_generator.state
+        for _ in range(_ROUNDS):
+            rng.bit_generator.state = state  # the same molecules come and go: rounds differ in library sizes alone
+            scale = CP10K / np.maximum(moved, 1.0)
+            gained = np.zeros(cells.n_cells)
+            for gene in range(cells.n_genes):
+                rows = by_gene.indices[by_gene.indptr[gene] : by_gene.indptr[gene + 1]]
+                data = by_gene.data[by_gene.indptr[gene] : by_gene.indptr[gene + 1]]
+                if not data.size and target[gene] <= 0:
+                    continue
+                mean = float(np.log1p(data * scale[rows]).sum()) / cells.n_cells
+                if target[gene] < mean:
+                    kept[gene], lost = _thinned(rows, data, scale, target[gene], rng)
+                    added[gene] = 0.0
+                    gained -= lost
+                elif target[gene] > mean:
+                    n_added, new = _increased(rows, data, scale, share, target[gene], library.sum(), rng)
+                    kept[gene], added[gene] = 1.0, n_added / max(library.sum(), 1.0)
+                    gained += new
+            moved = np.maximum(library + gained, 1.0)
+        return cls(kept, added, target)
+
+    def apply(self, cells: CellCounts, rng: np.random.Generator) -> CellCounts:
+        """Move the counts of some cells; their library sizes move along."""
+        counts = cells.counts
+        kept = rng.binomial(counts.data, self.kept_G[counts.indices]).astype(np.int32)
+        thinned = sp.csr_matrix((kept, counts.indices.copy(), counts.indptr.copy()), shape=counts.shape)
+        genes = np.flatnonzero(self.added_G)
+        rate = np.maximum(cells.library_size, 0.0)
+        # all molecules that a cell gains, then their genes: a Poisson count for each gene, and no dense matrix
+        n_new = rng.poisson(rate * self.added_G.sum())
+        row = np.repeat(np.arange(cells.n_cells), n_new)
+        gene = genes[:0]
+        if genes.size:
+            share = self.added_G[genes] / self.added_G.sum()
+            gene = genes[np.minimum(np.searchsorted(np.cumsum(share), rng.random(row.size)), genes.size - 1)]
+        is_there = cells.is_measured[cells.source_of_cell[row], gene]
+        new = sp.csr_matrix((np.ones(is_there.sum(), np.int32), (row[is_there], gene[is_there])), shape=counts.shape)
+        moved = sp.csr_matrix(thinned + new, dtype=np.int32)
+        moved.eliminate_zeros()
+        moved.sort_indices()
+        before, after = (np.asarray(x.sum(axis=1), dtype=np.float64).ravel() for x in (counts, moved))
+        return replace(cells, counts=moved, library_size=cells.library_size - before + after)
+
+
+def shifted_counts(cells: CellCounts, change_G: NDArray[np.floating], rng: np.random.Generator) -> CellCounts:
+    """Return control cells with counts moved until their mean changes as predicted; see :meth:`CountShift.fit`."""
+    return CountShift.fit(cells, change_G, rng).apply(cells, rng)
+
+
+def checked_change(change_G: NDArray[np.floating], cells: CellCounts) -> NDArray[np.float64]:
+    """Return a predicted change with 0 in the place of NaN.
+
+    Raises
+    ------
+    ConfigError
+        No cells, changes of another number of genes, or infinite ones.
+    """
+    if cells.n_cells == 0:
+        raise ConfigError("no control cells", expected="at least one", fix="give control cells of the same context")
+    change = np.asarray(change_G, dtype=np.float64)
+    if change.shape != (cells.n_genes,) or np.isinf(change).any():
+        raise ConfigError(
+            f"changes of shape {change.shape}" + (", some infinite" if np.isinf(change).any() else ""),
+            expected=f"one finite number (or NaN) for each of {cells.n_genes} genes",
+            fix="give the predicted change of mean log1p(CP10K) in the order of the cells' genes",
+        )
+    return np.nan_to_num(change, nan=0.0)
+
+
+def mean_log1p(counts: sp.csr_matrix, library_size: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the mean over cells of log1p(CP10K), ``(n_genes,)``."""
+    scale = CP10K / np.maximum(library_size, 1.0)
+    value = np.log1p(counts.data * np.repeat(scale, np.diff(counts.indptr)))
+    total = np.bincount(counts.indices, weights=value, minlength=counts.shape[1])
+    return np.asarray(total / max(counts.shape[0], 1))
+
+
+def target_mean(cells: CellCounts, change_G: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the mean log1p(CP10K) of control cells plus the predicted change, at least 0; 0 of unmeasured genes."""
+    target = np.maximum(mean_log1p(cells.counts, cells.library_size) + change_G, 0.0)
+    is_measured = cells.is_measured[np.unique(cells.source_of_cell)].any(axis=0)
+    return np.asarray(np.where(is_measured, target, 0.0))
+
+
+def _thinned(
+    rows: NDArray[np.integer],
+    data: NDArray[np.integer],
+    scale: NDArray[np.float64],
+    target: float,
+    rng: np.random.Generator,
+) -> tuple[float, NDArray[np.float64]]:
+    """Share of molecules to keep for a mean, and how many each cell loses."""
+    owner = np.repeat(np.arange(rows.size), data)[rng.permutation(int(data.sum()))]
+    low, high, n_cells = 0, owner.size, scale.size
+    while low < high:  # fewest molecules whose mean is not below the target
+        middle = (low + high) // 2
+        left = np.bincount(owner[:middle], minlength=rows.size)
+        if float(np.log1p(left * scale[rows]).sum()) / n_cells < target:
+            low = middle + 1
+        else:
+            high = middle
+    lost = np.zeros(n_cells)
+    lost[rows] = data - np.bincount(owner[:low], minlength=rows.size)
+    return low / max(owner.size, 1), lost
+
+
+def _increased(
+    rows: NDArray[np.integer],
+    data: NDArray[np.integer],
+    scale: NDArray[np.float64],
+    share: NDArray[np.float64],
+    target: float,
+    n_umis: float,
+    rng: np.random.Generator,
+) -> tuple[int, NDArray[np.float64]]:
+    """Molecules to add, over all cells, for a mean, and how many each cell gains."""
+    own = np.zeros(scale.size)
+    own[rows] = data
+    edges = np.cumsum(share)
+    owner = np.zeros(0, dtype=np.int64)
+
+    def mean_with(n: int) -> float:
+        return float(np.log1p((own + np.bincount(owner[:n], minlength=own.size)) * scale).mean())
+
+    limit = max(int(_MAX_ADDED_SHARE * n_umis), 1)
+    high = 8
+    while True:
+        more = np.searchsorted(edges, rng.random(high - owner.size))
+        owner = np.concatenate([owner, np.minimum(more, own.size - 1)])
+        if mean_with(high) >= target or high >= limit:
+            break
+        high = min(4 * high, limit)
+    low = 0
+    while low < high:
+        middle = (low + high) // 2
+        if mean_with(middle) < target:
+            low = middle + 1
+        else:
+            high = middle
+    # of two numbers beside the target, the nearer one
+    if low > 0 and target - mean_with(low - 1) < mean_with(low) - target:
+        low -= 1
+    return low, np.bincount(owner[:low], minlength=own.size).astype(np.float64)
