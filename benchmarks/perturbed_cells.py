@@ -192,11 +192,15 @@ def main() -> None:
             n = min(half, arguments.max_cells)
             control_mean = mean_log1p(control.counts, control.library_size)
 
-            def add(how: str, change: str, made: CellCounts | sp.csr_matrix, target: np.ndarray, seconds: float) -> None:
+            def add(
+                how: str, change: str, made: CellCounts | sp.csr_matrix, target: np.ndarray, seconds: float
+            ) -> None:
                 counts = made if sp.issparse(made) else made.counts
                 found = judged(counts, real.counts, control.counts, space, target)
                 rows.append({"type": name, "seed": seed, "cells": how, "change": change, **found, "seconds": seconds})
-                print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}), flush=True)
+                print(
+                    json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}), flush=True
+                )
 
             add("real cells, other half", "", other_half.take(np.arange(n)), control_mean, 0.0)
             add("control cells", "", control_cells(control, n, seed), control_mean, 0.0)

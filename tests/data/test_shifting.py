@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from scdiva.data.shifting import CountShift, mean_log1p, shifted_counts, target_mean
+from scdiva.data.shifting import CountShift, mean_log1p, response_spread, shifted_counts, target_mean
 from scdiva.errors import ConfigError
 from twins import cell_counts, cp10k
 
@@ -86,3 +86,31 @@ def test_changes_that_do_not_fit_are_refused(change, cells):
 def test_no_cells_are_refused(cells):
     with pytest.raises(ConfigError, match="no control cells"):
         CountShift.fit(cells.take(np.arange(0)), np.zeros(N_GENES), np.random.default_rng(0))
+
+
+class TestSpread:
+    @pytest.mark.parametrize("spread", [0.0, 0.5])
+    def test_the_spread_of_moved_cells_is_found_again(self, spread, cells):
+        change = np.where(np.arange(N_GENES) < 10, 1.5, 0.0)
+        found = []
+        for seed in range(3):
+            rng = np.random.default_rng(seed)
+            moved = CountShift.fit(cells, change, rng, spread=spread).apply(cells, rng)
+            found.append(response_spread(moved, cells, 10))
+            error = mean_log1p(moved.counts, moved.library_size) - target_mean(cells, change)
+            assert np.abs(error).mean() < 0.06
+        assert abs(np.mean(found) - spread) < 0.12
+
+    def test_genes_that_respond_go_together(self, cells):
+        change = np.where(np.arange(N_GENES) < 10, 1.5, 0.0)
+
+        def correlation(spread: float) -> float:
+            rng = np.random.default_rng(0)
+            moved = CountShift.fit(cells, change, rng, spread=spread).apply(cells, rng)
+            gained = np.log1p(cp10k(moved.counts.toarray(), moved.library_size))[:, :7]
+            return float(np.corrcoef(gained.T)[np.triu_indices(10, 1)].mean())
+
+        assert correlation(0.7) > correlation(0.0) + 0.1
+
+    def test_no_response_has_none(self, cells):
+        assert response_spread(cells, cells) == 0.0

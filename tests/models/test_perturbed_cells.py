@@ -27,7 +27,6 @@ from scdiva.models.scdiva.perturbed_cells import (
 from scdiva.types import CellCounts
 
 
-
 @pytest.fixture(scope="module")
 def control(_cells, tiny_trunk_model) -> CellCounts:
     return open_counts(_cells, tiny_trunk_model.vocabulary).read(np.arange(_cells.n_obs))
@@ -184,13 +183,15 @@ class TestObjective:
             with torch.no_grad():
                 said = objective(inputs, torch.Generator())
             assert not any(name.endswith("_floor") for name in said.terms)
-            print(said.terms); return float(said.terms["identity_nll_t0.9"])
+            return float(said.terms["identity_nll_t0.9"])
 
-        assert loss(trained) < loss(objective_of(tiny_trunk_model, codes, cells).eval()) - 0.05
-        wrong = codes.take(torch.tensor([0, 2, 1]).repeat_interleave(cells.n_cells // 3))
-        assert loss(trained, wrong) > loss(trained) + 0.02
-        nobody = untold(of_cells(codes, cells), torch.zeros(cells.n_cells, dtype=torch.bool))
-        assert loss(trained) < loss(trained, nobody) < loss(trained, wrong)
+        start = loss(objective_of(tiny_trunk_model, codes, cells).eval())
+        wrong = loss(trained, codes.take(torch.tensor([0, 2, 1]).repeat_interleave(cells.n_cells // 3)))
+        nobody = loss(trained, untold(of_cells(codes, cells), torch.zeros(cells.n_cells, dtype=torch.bool)))
+        right = loss(trained)
+        assert right < start - 0.015
+        assert right < nobody - 0.003
+        assert nobody < wrong
 
     def test_last_layers_alone(self, tiny_trunk_model, codes, cells):
         objective = objective_of(tiny_trunk_model, codes, cells, trained="last", n_layers=1)
@@ -218,7 +219,7 @@ class TestObjective:
 
 
 class TestDrawing:
-    @pytest.mark.parametrize("redrawn", ["changed", "all"])
+    @pytest.mark.parametrize("redrawn", ["changed", "rising", "all"])
     def test_integer_counts_of_measured_genes(self, redrawn, draw, change, control):
         found = draw(1, change, redrawn=redrawn, n_rounds=1)
         counts = found.cells.counts
@@ -232,15 +233,16 @@ class TestDrawing:
         assert not found.is_redrawn_G[~is_measured].any()
         assert set(found.cells.cell_index) <= set(control.cell_index)
 
-    def test_equal_seeds_give_equal_cells_and_fewer_are_the_first(self, draw, change):
-        one, again, other = (draw(1, change, seed=seed, n_rounds=1).cells.counts for seed in (1, 1, 2))
+    def test_equal_seeds_give_equal_cells(self, draw, change):
+        one, again, other = (draw(1, change, seed=seed, n_rounds=1, spread=0.3).cells.counts for seed in (1, 1, 2))
         assert (one != again).nnz == 0
         assert (one != other).nnz > 0
 
-    def test_cells_of_a_group_do_not_depend_on_other_groups(self, draw, change):
-        """Cells are drawn 64 at a time with one random stream: more cells leave the first whole groups as they are."""
+    def test_whole_groups_do_not_depend_on_what_follows(self, draw, change):
+        """Cells are moved and drawn 64 at a time with one random stream each."""
         few, many = (draw(1, change, n_cells=n, n_rounds=0) for n in (64, 100))
         assert np.array_equal(few.cells.cell_index, many.cells.cell_index[:64])
+        assert (few.cells.counts != many.cells.counts[:64]).nnz == 0
 
     def test_what_does_not_change_stays_as_in_the_control_cell(self, draw, control):
         change = np.zeros(control.n_genes)
@@ -289,11 +291,13 @@ class TestDrawing:
     def test_guidance_pushes_further(self, draw, control, rising):
         nothing = np.zeros(control.n_genes)
 
-        def mean_of_rising(guidance: float) -> float:
-            cells = draw(1, nothing, redrawn="all", n_rounds=0, n_cells=128, guidance=guidance).cells
-            return float(mean_log1p(cells.counts, cells.library_size)[rising[1]].mean())
+        def difference(guidance: float) -> float:
+            options = {"redrawn": "all", "n_rounds": 0, "n_cells": 192, "guidance": guidance}
+            cells = [draw(row, nothing, **options).cells for row in (1, 2)]
+            means = [mean_log1p(x.counts, x.library_size) for x in cells]
+            return float((means[0] - means[1])[rising[1]].mean() - (means[0] - means[1])[rising[2]].mean())
 
-        assert mean_of_rising(4.0) > mean_of_rising(1.0) + 0.05
+        assert difference(3.0) > difference(1.0) + 0.05
 
     def test_what_is_outside_the_genes_stays_in_the_library(self, draw, change, control):
         wider = replace(control, library_size=control.library_size + 500)
@@ -304,7 +308,15 @@ class TestDrawing:
 
         np.testing.assert_allclose(outside(found), outside(wider)[found.cell_index])
 
-    @pytest.mark.parametrize("options", [{"n_cells": 0}, {"n_rounds": -1}, {"seed": -1}, {"n_pilot": 0}])
+    def test_half_of_what_changes_can_be_kept(self, draw, change):
+        whole, half = (draw(1, change, n_rounds=0, hidden_share=share).cells.counts for share in (1.0, 0.5))
+        moved = draw(1, change, n_rounds=0, hidden_share=0.0).cells.counts
+        assert 0 < abs(half - moved).sum() < 0.75 * abs(whole - moved).sum()
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"n_cells": 0}, {"n_rounds": -1}, {"seed": -1}, {"n_pilot": 0}, {"hidden_share": 1.5}, {"spread": -0.1}],
+    )
     def test_impossible_numbers(self, options, draw, change):
         with pytest.raises(ConfigError):
             draw(1, change, **options)

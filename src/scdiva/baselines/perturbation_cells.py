@@ -34,7 +34,9 @@ def control_cells(control: CellCounts, n_cells: int, seed: int) -> CellCounts:
     return control.take(np.concatenate(rounds)[:n_cells])
 
 
-def shifted_cells(control: CellCounts, change_G: NDArray[np.floating], n_cells: int, seed: int) -> CellCounts:
+def shifted_cells(
+    control: CellCounts, change_G: NDArray[np.floating], n_cells: int, seed: int, *, spread: float = 0.0
+) -> CellCounts:
     """Return control cells whose counts are thinned, or gain Poisson counts, until the mean changes as predicted.
 
     Parameters
@@ -43,13 +45,15 @@ def shifted_cells(control: CellCounts, change_G: NDArray[np.floating], n_cells: 
         As of :func:`control_cells`.
     change_G
         ``(n_genes,)`` predicted change of the mean of log1p(CP10K).
+    spread
+        Standard deviation over cells of the log strength of response; 0: all cells gain at the same rates.
 
     Raises
     ------
     ConfigError
         No cells, or changes that do not fit them (:meth:`scdiva.data.shifting.CountShift.fit`).
     """
-    shift = CountShift.fit(control, change_G, np.random.default_rng([seed, 1]))
+    shift = CountShift.fit(control, change_G, np.random.default_rng([seed, 1]), spread=spread)
     return shift.apply(control_cells(control, n_cells, seed), np.random.default_rng([seed, 2]))
 
 

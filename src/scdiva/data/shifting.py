@@ -2,7 +2,8 @@
 
 A gene whose mean is to fall is thinned: each molecule stays with one probability. A gene whose mean is to rise gains
 Poisson counts, at one rate per UMI of the cell. So cells keep what they are, depth and subtype included, and only as
-many molecules change as the mean asks for. (Our decision.)
+many molecules change as the mean asks for. Cells do not all respond alike: with a spread, all rates of a cell have a
+factor of their own, its strength of response, log-normal with mean 1. (Our decisions.)
 
 Shape letters: G genes.
 """
@@ -38,14 +39,19 @@ class CountShift:
         float64 expected number of added molecules, per UMI of the cell's library.
     target_G
         float64 mean of log1p(CP10K) that is aimed at.
+    spread
+        Standard deviation over cells of the log strength of response; 0: all gain at the same rates.
     """
 
     kept_G: NDArray[np.float64]
     added_G: NDArray[np.float64]
     target_G: NDArray[np.float64]
+    spread: float = 0.0
 
     @classmethod
-    def fit(cls, cells: CellCounts, change_G: NDArray[np.floating], rng: np.random.Generator) -> Self:
+    def fit(
+        cls, cells: CellCounts, change_G: NDArray[np.floating], rng: np.random.Generator, *, spread: float = 0.0
+    ) -> Self:
         """Find the numbers at which some cells get a predicted mean.
 
         Parameters
@@ -57,6 +63,8 @@ class CountShift:
             or a gene that no cell's file measures: it stays as it is.
         rng
             Source of randomness.
+        spread
+            Standard deviation over cells of the log strength of response (:func:`response_spread`).
 
         Raises
         ------
@@ -68,7 +76,8 @@ class CountShift:
         by_gene = sp.csc_matrix(cells.counts)
         kept, added = np.ones(cells.n_genes), np.zeros(cells.n_genes)
         library = cells.library_size.astype(np.float64)
-        share = np.maximum(library, 0.0) / max(library.sum(), 1.0)
+        share = np.maximum(library, 0.0) * _strength(cells.n_cells, spread, rng)
+        share /= max(share.sum(), 1e-300)
         moved = library.copy()
         state = rng.bit_generator.state
         for _ in range(_ROUNDS):
@@ -90,7 +99,7 @@ class CountShift:
                     kept[gene], added[gene] = 1.0, n_added / max(library.sum(), 1.0)
                     gained += new
             moved = np.maximum(library + gained, 1.0)
-        return cls(kept, added, target)
+        return cls(kept, added, target, spread)
 
     def apply(self, cells: CellCounts, rng: np.random.Generator) -> CellCounts:
         """Move the counts of some cells; their library sizes move along."""
@@ -98,7 +107,7 @@ class CountShift:
         kept = rng.binomial(counts.data, self.kept_G[counts.indices]).astype(np.int32)
         thinned = sp.csr_matrix((kept, counts.indices.copy(), counts.indptr.copy()), shape=counts.shape)
         genes = np.flatnonzero(self.added_G)
-        rate = np.maximum(cells.library_size, 0.0)
+        rate = np.maximum(cells.library_size, 0.0) * _strength(cells.n_cells, self.spread, rng)
         # all molecules that a cell gains, then their genes: a Poisson count for each gene, and no dense matrix
         n_new = rng.poisson(rate * self.added_G.sum())
         row = np.repeat(np.arange(cells.n_cells), n_new)
@@ -113,6 +122,51 @@ class CountShift:
         moved.sort_indices()
         before, after = (np.asarray(x.sum(axis=1), dtype=np.float64).ravel() for x in (counts, moved))
         return replace(cells, counts=moved, library_size=cells.library_size - before + after)
+
+
+def _strength(n_cells: int, spread: float, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Strengths of response, mean 1."""
+    if spread == 0:
+        return np.ones(n_cells)
+    return np.exp(rng.normal(-0.5 * spread**2, spread, n_cells))
+
+
+def response_spread(perturbed: CellCounts, control: CellCounts, n_genes: int = 50) -> float:
+    """Estimate how much the strength of response varies between cells: the spread of :class:`CountShift`.
+
+    Of the genes that rise most, all counts of a cell together are Poisson with mean s L p, L the cell's library and s
+    its strength. The variance of s is found by moments; that of the same genes in control cells, which is no response,
+    is taken off, in proportion to what they had before. (Our decision.)
+
+    Parameters
+    ----------
+    perturbed, control
+        Cells of one context, with and without one perturbation.
+    n_genes
+        Number of genes.
+
+    Returns
+    -------
+    float
+        Standard deviation of log s, at most 1; 0 where the counts vary no more than molecules do by chance.
+    """
+    rise = mean_log1p(perturbed.counts, perturbed.library_size) - mean_log1p(control.counts, control.library_size)
+    genes = np.argsort(-rise, kind="stable")[:n_genes]
+    shares, excess = [], []
+    for cells in (control, perturbed):
+        x = np.asarray(cells.counts[:, genes].sum(axis=1), dtype=np.float64).ravel()
+        library = np.maximum(cells.library_size, 1.0)
+        share = x.sum() / library.sum()
+        mean = library * share
+        shares.append(share)
+        excess.append(
+            float(((x - mean) ** 2 - mean).sum() / library.shape[0]) / max(float((library**2).mean()), 1e-300)
+        )
+    gained = shares[1] - shares[0]
+    if gained <= 0:
+        return 0.0
+    variance = max(excess[1] - excess[0], 0.0) / gained**2
+    return float(min(np.sqrt(np.log1p(variance)), 1.0))
 
 
 def shifted_counts(cells: CellCounts, change_G: NDArray[np.floating], rng: np.random.Generator) -> CellCounts:

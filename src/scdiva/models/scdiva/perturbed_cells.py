@@ -14,7 +14,7 @@ Shape letters: B cells, G genes, K places of perturbations, Z latent.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -26,7 +26,8 @@ from torch import nn
 
 from scdiva.config import NativeConfig, NativeObjectiveConfig
 from scdiva.data.shifting import CountShift, checked_change, mean_log1p
-from scdiva.diffusion.samplers import Sampler, SetState, sample_sets
+from scdiva.data.statistics import CP10K
+from scdiva.diffusion.samplers import Sampler, SetState, hide, sample_sets
 from scdiva.errors import ConfigError
 from scdiva.models.scdiva.calibration import calibrate
 from scdiva.models.scdiva.classifier import native_trunk
@@ -45,16 +46,18 @@ OBJECTIVE = NativeObjectiveConfig(p_split=0.3, p_visible=0.2, p_whole=0.4, p_joi
 """Shares of the training modes: those of fine-tuning with conditions, most cells denoised as they are generated."""
 DROPOUT = 0.1
 """Share of training cells that are not told what was done: guidance needs a prediction without."""
+SAMPLER = Sampler(n_steps=4)
 GROUP = 64
 """Cells that are drawn together, with one random stream."""
 _CALIBRATION_CELLS, _CALIBRATION_BATCH = 1024, 64
 _VIEW_SHARE = 0.5
 _STEP_LIMIT, _OFFSET_LIMIT = 1.0, 3.0
-_PRIOR_CELLS = 8.0
+_EXPECTED_CELLS = 2000
+_PRIOR_CELLS = 4.0
 """Weight, in pilot cells that have the gene, of the network's own opinion against what they show."""
 _ROWS, _SHIFT, _CELLS, _PILOT, _DRAWS = 201, 202, 203, 204, 205  # tags of the random streams
 
-Redrawn = Literal["changed", "all"]
+Redrawn = Literal["changed", "rising", "all"]
 Trained = Literal["all", "last"]
 
 
@@ -106,15 +109,15 @@ class PerturbedNetwork(NativeNetwork):
         """
         native = model.check_generates()
         native_trunk(model, "generation of perturbed cells")
-        config = model.config
-        assert isinstance(config, NativeConfig)
+        config = told_config(model)
         # PyTorch's layers draw their first weights from the global generator, which is the caller's
         with torch.random.fork_rng(devices=[]):
             network = cls(native.n_genes, config, tuple(model.labels.sizes), n_names, seed=seed)
         if native.label_field is not None:
             network.add_label_offsets(native.label_field, native.label_confidence.numel() - 1)
         state = {name: tensor.detach().cpu() for name, tensor in native.state_dict().items()}
-        own = {f"tokens.{name}": tensor for name, tensor in network.tokens.state_dict().items()}
+        # what the model has not starts as it is made: the tokens, and a dispersion head that says nothing yet
+        own = {name: tensor for name, tensor in network.state_dict().items() if name not in state}
         network.load_state_dict({**state, **own}, strict=True)
         return network.eval()
 
@@ -128,6 +131,16 @@ class PerturbedNetwork(NativeNetwork):
             assert self.trunk is not None
             extra_BKD = self.tokens(cells.codes, self.trunk.gene, self.anchor.gene_embedding)
         return super().forward(cells, z_BZ, extra_BKD)
+
+
+def told_config(model: ScDiVa) -> NativeConfig:
+    """Return the sizes of a :class:`PerturbedNetwork`: the model's, with dispersions that depend on the state.
+
+    A gene that responds varies much over all cells, and little among those of which is told what was done to them.
+    """
+    assert isinstance(model.config, NativeConfig)
+    trunk = model.config.trunk.model_copy(update={"dispersion": "state"})
+    return model.config.model_copy(update={"trunk": trunk})
 
 
 class PerturbationDenoising(NativeObjective):
@@ -180,7 +193,6 @@ class PerturbationDenoising(NativeObjective):
         seed: int = 0,
     ) -> None:
         network = PerturbedNetwork.of(model, n_names, seed=seed)
-        assert isinstance(model.config, NativeConfig)
         floors = SimpleModel(
             network.anchor.log_profile,
             network.detection_logit,
@@ -188,7 +200,7 @@ class PerturbationDenoising(NativeObjective):
             float(network.mean_log_depth),
             torch.zeros(network.n_genes),
         )
-        super().__init__(network, config, model.config, model.statistics, floors)
+        super().__init__(network, config, told_config(model), model.statistics, floors)
         if not 0 <= dropout < 1:
             raise ConfigError(f"dropout={dropout}", expected="0 up to, not including, 1", fix="0.1 is usual")
         self.codes, self.dropout = codes, dropout
@@ -281,15 +293,15 @@ class DrawnCells:
         that of the control cell that the cell started at.
     is_redrawn_G
         Genes that the masked diffusion drew; the others are the control cell's, moved by the predicted change.
-    offset_G
-        float32 log rates that made the mean the predicted one; 0 of genes that were not drawn.
+    offsets
+        What made the mean the predicted one; 0 of genes that were not drawn.
     target_G
         float64 mean log1p(CP10K) that was aimed at.
     """
 
     cells: CellCounts
     is_redrawn_G: NDArray[np.bool_]
-    offset_G: NDArray[np.float32]
+    offsets: Offsets
     target_G: NDArray[np.float64]
 
 
@@ -303,11 +315,13 @@ def draw_perturbed(
     n_cells: int,
     sampler: Sampler | None = None,
     seed: int = 0,
+    spread: float = 0.0,
     redrawn: Redrawn = "changed",
     min_change: float = 0.1,
     min_mean: float = 0.02,
+    hidden_share: float = 1.0,
     guidance: float = 1.0,
-    n_pilot: int = 256,
+    n_pilot: int = 128,
     n_rounds: int = 3,
 ) -> DrawnCells:
     """Draw cells of one perturbation that have a predicted mean.
@@ -354,31 +368,58 @@ def draw_perturbed(
             expected="at least one cell and pilot cell; rounds and seed 0 or more",
             fix="leave out what you do not need",
         )
+    if not 0 <= hidden_share <= 1 or not 0 <= spread < np.inf:
+        raise ConfigError(
+            f"hidden_share={hidden_share}, spread={spread}",
+            expected="a share from 0 to 1, and a spread of 0 or more",
+            fix="0.3 is a usual spread",
+        )
     if codes.what_BK.shape[0] != 1:
         raise ConfigError(
             f"codes of {codes.what_BK.shape[0]} perturbations", expected="one", fix="draw each perturbation on its own"
         )
-    shift = CountShift.fit(control, change, np.random.default_rng([seed, _SHIFT]))
+    shift = CountShift.fit(control, change, np.random.default_rng([seed, _SHIFT]), spread=spread)
     is_redrawn = (np.abs(change) >= min_change) & (shift.target_G >= min_mean)
-    if redrawn == "all":
+    if redrawn == "rising":
+        is_redrawn &= change > 0.5 * shift.target_G
+    elif redrawn == "all":
         is_redrawn = shift.target_G > 0
-    drawing = _Drawing(network, tokeniser, codes, sampler or Sampler(n_steps=8), guidance, is_redrawn)
-    offset = np.zeros(control.n_genes, dtype=np.float32)
-    scalar = 0.0
+    drawing = _Drawing(network, tokeniser, codes, sampler or SAMPLER, guidance, hidden_share, is_redrawn)
+    zero = np.zeros(control.n_genes, dtype=np.float32)
+    offsets = Offsets(zero, zero)
     if is_redrawn.any() and n_rounds:
         pilot = shift.apply(
             control.take(_in_turn(control.n_cells, n_pilot, np.random.default_rng([seed, _PILOT]))),
             np.random.default_rng([seed, _PILOT, 1]),
         )
+        wanted = replace(_expected(control, shift, seed), mean_G=shift.target_G)
         for number in range(n_rounds):
-            found = drawing.draw(pilot, offset, scalar, (seed, _PILOT, 2, number))
-            offset = _adjusted(offset, found, shift.target_G, is_redrawn)
-            wanted, drawn = (float(cells.counts[:, is_redrawn].sum()) for cells in (pilot, found))
-            scalar += float(np.log(max(wanted, 1.0) / max(drawn, 1.0)))
+            found = drawing.draw(pilot, offsets, (seed, _PILOT, 2, number))
+            offsets = offsets.adjusted(found, wanted, is_redrawn)
     rows = _in_turn(control.n_cells, n_cells, np.random.default_rng([seed, _ROWS]))
-    start = shift.apply(control.take(rows), np.random.default_rng([seed, _CELLS]))
-    cells = start if not is_redrawn.any() else drawing.draw(start, offset, scalar, (seed, _DRAWS))
-    return DrawnCells(cells, is_redrawn, offset, shift.target_G)
+    groups = [rows[first : first + GROUP] for first in range(0, n_cells, GROUP)]
+    moved = [shift.apply(control.take(g), np.random.default_rng([seed, _CELLS, i])) for i, g in enumerate(groups)]
+    start = _stacked(moved)
+    cells = start if not is_redrawn.any() else drawing.draw(start, offsets, (seed, _DRAWS))
+    return DrawnCells(cells, is_redrawn, offsets, shift.target_G)
+
+
+def _expected(control: CellCounts, shift: CountShift, seed: int) -> _Levels:
+    """Levels of moved control cells, each moved often enough that 2,000 are counted."""
+    n_times = max(1, -(-_EXPECTED_CELLS // control.n_cells))
+    rows = np.tile(np.arange(control.n_cells), n_times)
+    return _Levels.of(shift.apply(control.take(rows), np.random.default_rng([seed, _PILOT, 3])))
+
+
+def _stacked(parts: Sequence[CellCounts]) -> CellCounts:
+    return CellCounts(
+        counts=sp.csr_matrix(sp.vstack([part.counts for part in parts], format="csr")),
+        library_size=np.concatenate([part.library_size for part in parts]),
+        cell_index=np.concatenate([part.cell_index for part in parts]),
+        source_of_cell=np.concatenate([part.source_of_cell for part in parts]),
+        is_measured=parts[0].is_measured,
+        condition=np.concatenate([part.condition for part in parts]),
+    )
 
 
 def _in_turn(n_control: int, n_cells: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -387,26 +428,74 @@ def _in_turn(n_control: int, n_cells: int, rng: np.random.Generator) -> NDArray[
     return np.concatenate(rounds)[:n_cells]
 
 
-def _adjusted(
-    offset_G: NDArray[np.float32], found: CellCounts, target_G: NDArray[np.float64], is_redrawn_G: NDArray[np.bool_]
-) -> NDArray[np.float32]:
-    """Return log rates that bring the mean of drawn cells nearer to the target: a Newton step for each gene.
+@dataclass(frozen=True, slots=True)
+class _Levels:
+    """How many cells have each gene, and how much of it those that do.
 
-    In a gene of which p of the cells have counts, a higher log rate makes more cells have it, p (1 - p), of mean value
-    v, and more of it in each, p times the mean of y / (1 + y), y in CP10K.
+    Parameters
+    ----------
+    detected_G
+        Share of cells with counts.
+    mean_G
+        Mean log1p(CP10K) over all cells.
+    slope_G
+        Mean over the cells with counts of y / (1 + y), y in CP10K: how fast their log1p(CP10K) grows with a log rate.
     """
-    counts, n_cells = found.counts, found.n_cells
-    mean_G = mean_log1p(counts, found.library_size)
-    value = 1e4 * counts.data / np.repeat(np.maximum(found.library_size, 1.0), np.diff(counts.indptr))
-    n_G = np.bincount(counts.indices, minlength=counts.shape[1])
-    level_G = np.bincount(counts.indices, weights=value / (1 + value), minlength=counts.shape[1]) / n_cells
-    p_G = n_G / n_cells
-    of_cell_G = mean_G / np.maximum(p_G, 1.0 / n_cells)
-    slope_G = (1.0 - p_G) * mean_G + level_G * p_G
-    prior_G = _PRIOR_CELLS / n_cells * np.maximum(of_cell_G, 1.0)
-    step_G = np.clip((target_G - mean_G) / (slope_G + prior_G), -_STEP_LIMIT, _STEP_LIMIT)
-    new_G = np.clip(offset_G + np.where(is_redrawn_G, step_G, 0.0), -_OFFSET_LIMIT, _OFFSET_LIMIT)
-    return np.asarray(new_G, dtype=np.float32)
+
+    detected_G: NDArray[np.float64]
+    mean_G: NDArray[np.float64]
+    slope_G: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, cells: CellCounts) -> Self:
+        """Measure them."""
+        counts = cells.counts
+        value = CP10K * counts.data / np.repeat(np.maximum(cells.library_size, 1.0), np.diff(counts.indptr))
+        n_G = np.bincount(counts.indices, minlength=counts.shape[1])
+        level_G = np.bincount(counts.indices, weights=value / (1 + value), minlength=counts.shape[1])
+        return cls(n_G / cells.n_cells, mean_log1p(counts, cells.library_size), level_G / np.maximum(n_G, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Offsets:
+    """Numbers of single genes that make the mean over drawn cells a given one.
+
+    Parameters
+    ----------
+    identity_G
+        float32, added to log-odds.
+    value_G
+        float32, added to log-mean counts.
+    """
+
+    identity_G: NDArray[np.float32]
+    value_G: NDArray[np.float32]
+
+    def adjusted(self, found: CellCounts, wanted: _Levels, is_redrawn_G: NDArray[np.bool_]) -> Offsets:
+        """Return offsets that bring drawn cells nearer to what is wanted: a Newton step for each gene.
+
+        A gene that few pilot cells have, or ought to have, moves little.
+        """
+        levels, prior = _Levels.of(found), _PRIOR_CELLS / found.n_cells
+        p, q = levels.detected_G, wanted.detected_G
+        # Newton's step on the log-odds, at the middle: far from the target its slope at the ends misleads
+        middle = 0.5 * (p + q)
+        identity = (q - p) / (middle * (1.0 - middle) + prior)
+        aim, is_aim = np.divide(wanted.mean_G, q, out=np.zeros_like(q), where=q > 0), (p > 0) & (q > 0)
+        own = np.divide(levels.mean_G, p, out=np.zeros_like(p), where=p > 0)
+        weight = p / (p + prior)
+        value = np.where(is_aim, weight * (aim - own) / np.maximum(levels.slope_G, 0.1), 0.0)
+        return Offsets(*(
+            _moved(before, step, is_redrawn_G)
+            for before, step in ((self.identity_G, identity), (self.value_G, value))
+        ))  # fmt: skip
+
+
+def _moved(
+    before_G: NDArray[np.float32], step_G: NDArray[np.float64], is_redrawn_G: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    step = np.where(is_redrawn_G, np.clip(step_G, -_STEP_LIMIT, _STEP_LIMIT), 0.0)
+    return np.asarray(np.clip(before_G + step, -_OFFSET_LIMIT, _OFFSET_LIMIT), dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,42 +507,36 @@ class _Drawing:
     codes: PerturbationCodes
     sampler: Sampler
     guidance: float
+    hidden_share: float
     is_redrawn_G: NDArray[np.bool_]
 
     @torch.inference_mode()
-    def draw(self, start: CellCounts, offset_G: NDArray[np.float32], scalar: float, key: tuple[int, ...]) -> CellCounts:
+    def draw(self, start: CellCounts, offsets: Offsets, key: tuple[int, ...]) -> CellCounts:
         """Hide the genes, and draw as many of them anew as the moved cell has."""
         parts = []
         for number, first in enumerate(range(0, start.n_cells, GROUP)):
             cells = start.take(np.arange(first, min(first + GROUP, start.n_cells)))
-            parts.append(self._group(cells, offset_G, scalar, (*key, number)))
+            parts.append(self._group(cells, offsets, (*key, number)))
         counts = sp.csr_matrix(sp.vstack(parts, format="csr"), dtype=np.int32)
         counts.sort_indices()
         before, after = (np.asarray(x.sum(axis=1), dtype=np.float64).ravel() for x in (start.counts, counts))
         return replace(start, counts=counts, library_size=start.library_size - before + after)
 
-    def _group(
-        self, cells: CellCounts, offset_G: NDArray[np.float32], scalar: float, key: tuple[int, ...]
-    ) -> sp.csr_matrix:
+    def _group(self, cells: CellCounts, offsets: Offsets, key: tuple[int, ...]) -> sp.csr_matrix:
         device = self.network.null_latent.device
-        dense = cells.counts.toarray()
-        # a gene that is not measured is not drawn
-        visible = np.where(self.is_redrawn_G, 0, dense)
-        n_hidden = (dense > 0).sum(axis=1) - (visible > 0).sum(axis=1)
-        state = SetState(
-            torch.from_numpy(visible.astype(np.int32)).to(device),
-            torch.from_numpy(n_hidden.astype(np.int64)).to(device),
-            torch.ones(cells.n_cells, dtype=torch.float64, device=device),
-        )
         entropy = np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]
         generator = torch.Generator(device).manual_seed(int(entropy >> np.uint64(1)))
+        count_BG = torch.from_numpy(cells.counts.toarray()).to(device)
+        nothing_B = torch.zeros(cells.n_cells, dtype=torch.int64, device=device)
+        whole = SetState(count_BG, nothing_B, torch.ones(cells.n_cells, dtype=torch.float64, device=device))
+        among_BG = (count_BG > 0) & torch.from_numpy(self.is_redrawn_G).to(device)
+        n_hidden_B = torch.round(self.hidden_share * among_BG.sum(dim=1)).to(torch.int64)
+        state = hide(whole, n_hidden_B, generator, among_BG=among_BG)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bf16("auto", device.type)):
-            end = sample_sets(self._predict(cells, offset_G, scalar), state, self.sampler, generator)
+            end = sample_sets(self._predict(cells, offsets), state, self.sampler, generator)
         return sp.csr_matrix(end.count_BG.cpu().numpy())
 
-    def _predict(
-        self, cells: CellCounts, offset_G: NDArray[np.float32], scalar: float
-    ) -> Callable[[SetState], GuidedPrediction]:
+    def _predict(self, cells: CellCounts, offsets: Offsets) -> Callable[[SetState], GuidedPrediction]:
         network, device = self.network, self.network.null_latent.device
         assert network.trunk is not None
         depth = np.asarray(cells.counts.sum(axis=1)).ravel().astype(np.int64)
@@ -472,15 +555,15 @@ class _Drawing:
         row = torch.zeros(cells.n_cells, dtype=torch.int64)
         told = self.codes.take(row).to(device)
         allowed_G = torch.from_numpy(self.is_redrawn_G).to(device)
-        rate_G = torch.from_numpy(offset_G).to(device)
+        identity_G, value_G = (torch.from_numpy(x).to(device) for x in (offsets.identity_G, offsets.value_G))
 
         def said(masked: MaskedCells, codes: PerturbationCodes) -> DenoiserOutput:
             output = network(ToldCells.of(masked, codes), z_BZ)
             # log_total is of the rates before: the log-mean of a gene moves by its own number
             return replace(
                 output,
-                gene_logit_BG=output.gene_logit_BG + rate_G,
-                log_rate_BG=output.log_rate_BG + rate_G + scalar,
+                gene_logit_BG=output.gene_logit_BG + identity_G,
+                log_rate_BG=output.log_rate_BG + value_G,
             )
 
         def predict(state: SetState) -> GuidedPrediction:
