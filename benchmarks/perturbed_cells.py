@@ -2,9 +2,9 @@
 
     python benchmarks/perturbed_cells.py --data perturb_kang_ifnb.h5ad --out docs/results/perturbed_cells --run DIR
 
-The stimulated cells of some types are left out; scdiva-blood-tiny is fine-tuned on the rest, told what was done. Of each
-type left out, one half of the stimulated cells is the sample that all others are judged against; the other half is the
-ceiling, and its mean change the upper bound of a prediction. The other prediction is the mean change of the types that
+The stimulated cells of some types are left out; scdiva-blood-tiny is fine-tuned on the rest, told what was done. Of
+each type left out, one half of the stimulated cells is the sample that all others are judged against; the other half
+is the ceiling, and its mean change the upper bound of a prediction. The other prediction is the mean change of the types that
 were seen. Principal components are those of cells of other types. Rows are printed as they finish.
 """
 
@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from scdiva.config import LoopConfig
 from scdiva.data.output import replacing
 from scdiva.data.perturbations import Perturbation
 from scdiva.data.reader import open_counts
-from scdiva.data.shifting import mean_log1p
+from scdiva.data.shifting import mean_log1p, response_spread
 from scdiva.metrics.generation_classifiers import c2st_auc
 from scdiva.metrics.generation_distances import energy_distance, mmd2
 from scdiva.metrics.generation_genes import (
@@ -38,9 +39,10 @@ from scdiva.metrics.generation_genes import (
 )
 from scdiva.metrics.generation_space import ReferenceSpace, log_cp10k
 from scdiva.models.scdiva import ScDiVa
+from scdiva.models.scdiva.inputs import Tokeniser
 from scdiva.models.scdiva.objectives import tokeniser_of
-from scdiva.models.scdiva.perturbation_tokens import PerturbationCoder
-from scdiva.models.scdiva.perturbed_cells import PerturbationDenoising, draw_perturbed
+from scdiva.models.scdiva.perturbation_tokens import PerturbationCoder, PerturbationCodes
+from scdiva.models.scdiva.perturbed_cells import PerturbationDenoising, PerturbedNetwork, draw_perturbed
 from scdiva.training import fit
 from scdiva.types import CellCounts
 
@@ -135,13 +137,121 @@ def judged(
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One type and seed: control cells, the sample that is judged by, and the other half."""
+
+    name: str
+    seed: int
+    stimulated: CellCounts
+    control: CellCounts
+    space: ReferenceSpace
+    max_cells: int
+
+    @property
+    def halves(self) -> tuple[CellCounts, CellCounts]:
+        order = np.random.default_rng([self.seed, 7]).permutation(self.stimulated.n_cells)
+        half = order.size // 2
+        return self.stimulated.take(order[:half]), self.stimulated.take(order[half : 2 * half])
+
+    @property
+    def real(self) -> CellCounts:
+        return self.halves[0]
+
+    @property
+    def other_half(self) -> CellCounts:
+        return self.halves[1]
+
+    @property
+    def n(self) -> int:
+        return min(self.real.n_cells, self.max_cells)
+
+    def judge(
+        self, rows: list[dict[str, Any]], how: str, prediction: str, draw: Draw, change: np.ndarray | float
+    ) -> None:
+        """Draw, judge, keep and print."""
+        began = time.monotonic()
+        made = draw(self)
+        seconds = time.monotonic() - began
+        target = np.maximum(mean_log1p(self.control.counts, self.control.library_size) + change, 0)
+        found = judged(made.counts, self.real.counts, self.control.counts, self.space, target)
+        rows.append(
+            {"type": self.name, "seed": self.seed, "cells": how, "prediction": prediction, **found, "seconds": seconds}
+        )
+        print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}), flush=True)
+
+
+Draw = Callable[[Trial], CellCounts]
+
+
+def methods(
+    change: np.ndarray, spread: float, network: PerturbedNetwork, tokeniser: Tokeniser, told: PerturbationCodes
+) -> list[tuple[str, Draw]]:
+    """Name all that draw cells with a predicted change."""
+
+    def independent(trial: Trial) -> CellCounts:
+        counts = negative_binomial_cells(trial.control, change, trial.n, trial.seed)
+        return replace(trial.control.take(np.zeros(trial.n, dtype=np.int64)), counts=counts)
+
+    def diffusion(**options: Any) -> Draw:
+        return lambda t: (
+            draw_perturbed(
+                network, tokeniser, told, t.control, change, n_cells=t.n, seed=t.seed, spread=spread, **options
+            ).cells
+        )
+
+    return [
+        ("counts shifted", lambda t: shifted_cells(t.control, change, t.n, t.seed)),
+        ("counts shifted, with spread", lambda t: shifted_cells(t.control, change, t.n, t.seed, spread=spread)),
+        ("negative binomial", independent),
+        ("scDiVa, changed genes", diffusion(redrawn="changed")),
+        ("scDiVa, everything", diffusion(redrawn="all")),
+    ]
+
+
+COLUMNS = {
+    "energy": ("energy distance", 2),
+    "mmd2": ("MMD²", 3),
+    "c2st_genes": ("C2ST genes", 3),
+    "c2st_components": ("C2ST components", 3),
+    "c2st_logistic": ("C2ST logistic", 3),
+    "correlations": ("correlations", 2),
+    "correlations_changed": ("of changed genes", 2),
+    "sd_ratio_changed": ("sd of changed genes / real", 2),
+    "zero_fractions_changed": ("zero fractions of changed genes", 3),
+    "change_pearson": ("change, Pearson", 3),
+    "mean_error_predicted": ("mean against prediction", 3),
+    "library_ks": ("library KS", 2),
+    "seconds": ("s", 0),
+}
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Return a table for each type: means over seeds."""
+    lines = []
+    for name in dict.fromkeys(row["type"] for row in rows):
+        lines += [
+            f"### {name}",
+            "",
+            "| predicted change | cells | " + " | ".join(t for t, _ in COLUMNS.values()) + " |",
+        ]
+        lines += ["|---|---|" + "---:|" * len(COLUMNS)]
+        of_type = [row for row in rows if row["type"] == name]
+        for prediction, how in dict.fromkeys((row["prediction"], row["cells"]) for row in of_type):
+            found = [row for row in of_type if (row["prediction"], row["cells"]) == (prediction, how)]
+            values = [f"{np.mean([row[key] for row in found]):.{digits}f}" for key, (_, digits) in COLUMNS.items()]
+            lines.append(f"| {prediction or '–'} | {how} | " + " | ".join(values) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="scdiva-blood-tiny")
     parser.add_argument("--types", nargs="+", default=["CD14 Mono", "CD4 Naive T", "B"])
     parser.add_argument("--run", type=Path, required=True, help="folder of the fine-tuning; taken up where it was left")
-    parser.add_argument("--n-steps", type=int, default=200)
+    parser.add_argument("--n-steps", type=int, default=240)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-cells", type=int, default=200, help="drawn cells of each type")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
@@ -175,52 +285,33 @@ def main() -> None:
     tokeniser = tokeniser_of(model.config, model.statistics)
     told = both.take(torch.tensor([1]))
 
+    pairs = {}
+    for name in sorted(set(type_of)):
+        rows_of = [np.flatnonzero((type_of == name) & (is_stimulated == is_with)) for is_with in (True, False)]
+        pairs[str(name)] = (cells.take(rows_of[0]), cells.take(rows_of[1]))
+    seen = [pair for name, pair in pairs.items() if name not in arguments.types and min(x.n_cells for x in pair) >= 30]
+    of_others = np.mean([mean_change(*pair) for pair in seen], axis=0)
+    # the median: one type is a mixture of cells that respond and others
+    spread = float(np.median([response_spread(*pair) for pair in seen]))
+    print(f"spread of the response in the types that were seen: {spread:.2f}", flush=True)
     rows: list[dict[str, Any]] = []
     for name in arguments.types:
-        of_type = type_of == name
-        control = cells.take(np.flatnonzero(of_type & ~is_stimulated))
-        others = [
-            (cells.take(np.flatnonzero(is_stimulated & (type_of == other))), cells.take(np.flatnonzero(~is_stimulated & (type_of == other))))
-            for other in sorted(set(type_of) - set(arguments.types))
-        ]  # fmt: skip
-        of_others = np.mean([mean_change(*pair) for pair in others if min(p.n_cells for p in pair) >= 30], axis=0)
-        space = ReferenceSpace.fit(cells.counts[np.flatnonzero(~of_type)], seed=0)
+        space = ReferenceSpace.fit(cells.counts[np.flatnonzero(type_of != name)], seed=0)
         for seed in arguments.seeds:
-            stimulated = np.random.default_rng([seed, 7]).permutation(np.flatnonzero(of_type & is_stimulated))
-            half = stimulated.size // 2
-            real, other_half = (cells.take(part) for part in (stimulated[:half], stimulated[half : 2 * half]))
-            n = min(half, arguments.max_cells)
-            control_mean = mean_log1p(control.counts, control.library_size)
-
-            def add(
-                how: str, change: str, made: CellCounts | sp.csr_matrix, target: np.ndarray, seconds: float
-            ) -> None:
-                counts = made if sp.issparse(made) else made.counts
-                found = judged(counts, real.counts, control.counts, space, target)
-                rows.append({"type": name, "seed": seed, "cells": how, "change": change, **found, "seconds": seconds})
-                print(
-                    json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}), flush=True
-                )
-
-            add("real cells, other half", "", other_half.take(np.arange(n)), control_mean, 0.0)
-            add("control cells", "", control_cells(control, n, seed), control_mean, 0.0)
-            for change_name, change in (("true", mean_change(other_half, control)), ("other types", of_others)):
-                target = np.maximum(control_mean + change, 0)
-                for how, draw in (
-                    ("shifted counts", lambda: shifted_cells(control, change, n, seed)),
-                    ("negative binomial", lambda: negative_binomial_cells(control, change, n, seed)),
-                    *((
-                        f"scDiVa, {redrawn}{'' if z == 'moved' else ', z ' + z}",
-                        lambda redrawn=redrawn: draw_perturbed(
-                            objective.network, tokeniser, told, control, change, n_cells=n, seed=seed, redrawn=redrawn
-                        ).cells,
-                    ) for redrawn, z in (("changed", "moved"), ("all", "moved"))),
-                ):  # fmt: skip
-                    began = time.monotonic()
-                    made = draw()
-                    add(how, change_name, made, target, time.monotonic() - began)
+            trial = Trial(name, seed, *pairs[name], space, arguments.max_cells)
+            trial.judge(rows, "real cells, other half", "", lambda t: t.other_half.take(np.arange(t.n)), 0.0)
+            trial.judge(rows, "control cells", "", lambda t: control_cells(t.control, t.n, t.seed), 0.0)
+            for prediction, change in (
+                ("true", mean_change(trial.other_half, trial.control)), ("other types", of_others)
+            ):  # fmt: skip
+                for how, draw in methods(change, spread, objective.network, tokeniser, told):
+                    trial.judge(rows, how, prediction, draw, change)
     with replacing(arguments.out.with_suffix(".json")) as partial:
         partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    table = summary(rows)
+    print(table)
+    with replacing(arguments.out.with_name(arguments.out.name + "_table.md")) as partial:
+        partial.write_text(table, encoding="utf-8")
 
 
 if __name__ == "__main__":

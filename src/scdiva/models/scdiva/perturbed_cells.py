@@ -13,7 +13,6 @@ Shape letters: B cells, G genes, K places of perturbations, Z latent.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, Self
@@ -22,7 +21,6 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from scdiva.config import NativeConfig, NativeObjectiveConfig
 from scdiva.data.shifting import CountShift, checked_change, mean_log1p
@@ -34,8 +32,8 @@ from scdiva.models.scdiva.classifier import native_trunk
 from scdiva.models.scdiva.generation import GuidedPrediction, Wish, visible_cells
 from scdiva.models.scdiva.inputs import MaskedCells, PackedCells, Targets, Tokeniser
 from scdiva.models.scdiva.native import PER_GENE, DenoiserOutput, NativeNetwork, SimpleModel
-from scdiva.models.scdiva.objectives import DenoisedCells, HeldoutCells, NativeObjective, SplitViews, tokeniser_of
-from scdiva.models.scdiva.perturbation_tokens import PerturbationCodes, PerturbationCoder, PerturbationTokens
+from scdiva.models.scdiva.objectives import DenoisedCells, HeldoutCells, NativeObjective, SplitViews
+from scdiva.models.scdiva.perturbation_tokens import PerturbationCodes, PerturbationTokens
 from scdiva.nn.precision import uses_bf16
 from scdiva.types import CellCounts, LossOutput
 
