@@ -111,7 +111,7 @@ def draw(trained, tiny_trunk_model, codes, control):
     tokeniser = tokeniser_of(tiny_trunk_model.config, tiny_trunk_model.statistics)
 
     def drawn(row: int, change, n_cells=70, cells=control, **options):
-        options = {"sampler": Sampler(n_steps=3), "n_pilot": 120, **options}
+        options = {"sampler": Sampler(n_steps=3), "n_pilot": 120, "redrawn": "changed", "hidden_share": 1.0, **options}
         one = codes.take(torch.tensor([row]))
         return draw_perturbed(trained.network, tokeniser, one, cells, change, n_cells=n_cells, **options)
 
@@ -287,6 +287,16 @@ class TestDrawing:
         difference = means[0] - means[1]
         assert difference[rising[1]].mean() > 0.1
         assert difference[rising[2]].mean() < -0.1
+
+    def test_the_spread_of_the_response_stays(self, draw, change):
+        """Half of what rises is drawn again: the other half tells how strongly a cell responds."""
+
+        def strength_varies(spread: float) -> float:
+            found = draw(1, change, n_cells=192, redrawn="rising", hidden_share=0.5, spread=spread)
+            gained = found.cells.counts[:, found.is_redrawn_G].sum(axis=1)
+            return float(np.std(np.asarray(gained).ravel() / found.cells.library_size))
+
+        assert strength_varies(0.6) > 1.3 * strength_varies(0.0)
 
     def test_guidance_pushes_further(self, draw, control, rising):
         nothing = np.zeros(control.n_genes)

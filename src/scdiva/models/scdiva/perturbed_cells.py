@@ -2,11 +2,11 @@
 
 A predictor of mean changes says how much of each gene a perturbation adds or removes on average; it says nothing of
 single cells. A drawn cell starts at a control cell whose counts are moved by the predicted change
-(:class:`scdiva.data.shifting.CountShift`). Then genes are hidden and drawn again by the masked diffusion, which reads
-what was done ([PERT] tokens), z of the moved cell, and everything that stays visible. Hidden are the genes that change
-(inpainting: what the perturbation leaves alone stays as in the control cell), or all. One number per gene, a log rate,
-added to the gene's log-odds and to its log-mean count, makes the mean over drawn cells the predicted one; it is found
-by a few pilot rounds. (Our decisions.)
+(:class:`scdiva.data.shifting.CountShift`), with a strength of response of its own. Then genes are hidden and drawn
+again by the masked diffusion, which reads what was done ([PERT] tokens), z of the moved cell, and everything that stays
+visible: by default a half of the genes that rise, since most of their molecules are new; what the perturbation leaves
+alone stays as in the control cell. Three numbers per gene, found by a few pilot rounds (:class:`Offsets`), make drawn
+cells have each gene as often, as much and as varied as moved cells, and so the predicted mean. (Our decisions.)
 
 Shape letters: B cells, G genes, K places of perturbations, Z latent.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, cast
 
 import numpy as np
 import scipy.sparse as sp
@@ -51,6 +51,9 @@ _CALIBRATION_CELLS, _CALIBRATION_BATCH = 1024, 64
 _VIEW_SHARE = 0.5
 _STEP_LIMIT, _OFFSET_LIMIT = 1.0, 3.0
 _EXPECTED_CELLS = 2000
+"""Moved cells that say how often, how much and how varied each gene is to be."""
+_VARIANCE_FLOOR = 0.02
+"""Added to variances of log1p(CP10K) before they are compared."""
 _PRIOR_CELLS = 4.0
 """Weight, in pilot cells that have the gene, of the network's own opinion against what they show."""
 _ROWS, _SHIFT, _CELLS, _PILOT, _DRAWS = 201, 202, 203, 204, 205  # tags of the random streams
@@ -314,10 +317,10 @@ def draw_perturbed(
     sampler: Sampler | None = None,
     seed: int = 0,
     spread: float = 0.0,
-    redrawn: Redrawn = "changed",
+    redrawn: Redrawn = "rising",
     min_change: float = 0.1,
     min_mean: float = 0.02,
-    hidden_share: float = 1.0,
+    hidden_share: float = 0.5,
     guidance: float = 1.0,
     n_pilot: int = 128,
     n_rounds: int = 3,
@@ -342,17 +345,23 @@ def draw_perturbed(
         How hidden genes are drawn.
     seed
         Seed of everything: equal calls give equal cells. Cells are drawn in groups of 64 with one random stream each.
+    spread
+        Standard deviation over cells of the log strength of response
+        (:func:`scdiva.data.shifting.response_spread`, of seen perturbed cells); 0: all cells respond alike.
     redrawn
-        "changed": genes whose mean changes by at least ``min_change`` are hidden and drawn again, the others stay.
-        "all": everything is drawn.
+        Which genes may be hidden and drawn again. "rising": those that gain more than half of their target mean, since
+        most of their molecules are new; "changed": all whose mean changes; "all". Others keep the moved counts.
     min_change
         Smallest change, of log1p(CP10K), of a gene that is drawn again.
     min_mean
         Smallest target of such a gene: rarer ones keep the moved counts of the control cell.
+    hidden_share
+        Share of each cell's detected genes among them that is hidden. What stays visible is the moved control cell's,
+        and tells how strongly the cell responds.
     guidance
         Weight of what was done; 1 is plain conditioning.
     n_pilot, n_rounds
-        Pilot cells and rounds by which the log rates are found; 0 rounds: none.
+        Pilot cells and rounds by which :class:`Offsets` are found; 0 rounds: none.
 
     Raises
     ------
@@ -384,7 +393,7 @@ def draw_perturbed(
         is_redrawn = shift.target_G > 0
     drawing = _Drawing(network, tokeniser, codes, sampler or SAMPLER, guidance, hidden_share, is_redrawn)
     zero = np.zeros(control.n_genes, dtype=np.float32)
-    offsets = Offsets(zero, zero)
+    offsets = Offsets(zero, zero, zero)
     if is_redrawn.any() and n_rounds:
         pilot = shift.apply(
             control.take(_in_turn(control.n_cells, n_pilot, np.random.default_rng([seed, _PILOT]))),
@@ -438,11 +447,14 @@ class _Levels:
         Mean log1p(CP10K) over all cells.
     slope_G
         Mean over the cells with counts of y / (1 + y), y in CP10K: how fast their log1p(CP10K) grows with a log rate.
+    variance_G
+        Variance of log1p(CP10K) over the cells with counts.
     """
 
     detected_G: NDArray[np.float64]
     mean_G: NDArray[np.float64]
     slope_G: NDArray[np.float64]
+    variance_G: NDArray[np.float64]
 
     @classmethod
     def of(cls, cells: CellCounts) -> Self:
@@ -450,13 +462,20 @@ class _Levels:
         counts = cells.counts
         value = CP10K * counts.data / np.repeat(np.maximum(cells.library_size, 1.0), np.diff(counts.indptr))
         n_G = np.bincount(counts.indices, minlength=counts.shape[1])
-        level_G = np.bincount(counts.indices, weights=value / (1 + value), minlength=counts.shape[1])
-        return cls(n_G / cells.n_cells, mean_log1p(counts, cells.library_size), level_G / np.maximum(n_G, 1))
+        at_least_1_G = np.maximum(n_G, 1)
+
+        def total(x: NDArray[np.float64]) -> NDArray[np.float64]:
+            return np.bincount(counts.indices, weights=x, minlength=counts.shape[1])
+
+        log_value, mean_G = np.log1p(value), mean_log1p(counts, cells.library_size)
+        own_G = mean_G * cells.n_cells / at_least_1_G
+        variance_G = np.maximum(total(log_value**2) / at_least_1_G - own_G**2, 0.0)
+        return cls(n_G / cells.n_cells, mean_G, total(value / (1 + value)) / at_least_1_G, variance_G)
 
 
 @dataclass(frozen=True, slots=True)
 class Offsets:
-    """Numbers of single genes that make the mean over drawn cells a given one.
+    """Numbers of single genes that make levels over drawn cells those of moved control cells.
 
     Parameters
     ----------
@@ -464,10 +483,13 @@ class Offsets:
         float32, added to log-odds.
     value_G
         float32, added to log-mean counts.
+    dispersion_G
+        float32, added to log inverse dispersions.
     """
 
     identity_G: NDArray[np.float32]
     value_G: NDArray[np.float32]
+    dispersion_G: NDArray[np.float32]
 
     def adjusted(self, found: CellCounts, wanted: _Levels, is_redrawn_G: NDArray[np.bool_]) -> Offsets:
         """Return offsets that bring drawn cells nearer to what is wanted: a Newton step for each gene.
@@ -483,10 +505,11 @@ class Offsets:
         own = np.divide(levels.mean_G, p, out=np.zeros_like(p), where=p > 0)
         weight = p / (p + prior)
         value = np.where(is_aim, weight * (aim - own) / np.maximum(levels.slope_G, 0.1), 0.0)
-        return Offsets(*(
-            _moved(before, step, is_redrawn_G)
-            for before, step in ((self.identity_G, identity), (self.value_G, value))
-        ))  # fmt: skip
+        # of logs of counts the variance is about 1 / mean + 1 / inverse dispersion: a first step, damped
+        ratio = np.log((levels.variance_G + _VARIANCE_FLOOR) / (wanted.variance_G + _VARIANCE_FLOOR))
+        steps = (identity, value, np.where(is_aim, weight * ratio, 0.0))
+        before = (self.identity_G, self.value_G, self.dispersion_G)
+        return Offsets(*(_moved(x, step, is_redrawn_G) for x, step in zip(before, steps, strict=True)))
 
 
 def _moved(
@@ -494,6 +517,24 @@ def _moved(
 ) -> NDArray[np.float32]:
     step = np.where(is_redrawn_G, np.clip(step_G, -_STEP_LIMIT, _STEP_LIMIT), 0.0)
     return np.asarray(np.clip(before_G + step, -_OFFSET_LIMIT, _OFFSET_LIMIT), dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class _Dispersed:
+    """What :meth:`GuidedPrediction.draw_counts` asks of a network, with other dispersions."""
+
+    network: NativeNetwork
+    dispersion_G: torch.Tensor
+
+    def log_mean(
+        self, output: DenoiserOutput, cell_X: torch.Tensor, gene_X: torch.Tensor, direction_XE: torch.Tensor | None
+    ) -> torch.Tensor:
+        return self.network.log_mean(output, cell_X, gene_X, direction_XE)
+
+    def log_dispersion(
+        self, output: DenoiserOutput, cell_X: torch.Tensor, gene_X: torch.Tensor, direction_XE: torch.Tensor | None
+    ) -> torch.Tensor:
+        return self.network.log_dispersion(output, cell_X, gene_X, direction_XE) + self.dispersion_G[gene_X]
 
 
 @dataclass(frozen=True, slots=True)
@@ -553,7 +594,9 @@ class _Drawing:
         row = torch.zeros(cells.n_cells, dtype=torch.int64)
         told = self.codes.take(row).to(device)
         allowed_G = torch.from_numpy(self.is_redrawn_G).to(device)
-        identity_G, value_G = (torch.from_numpy(x).to(device) for x in (offsets.identity_G, offsets.value_G))
+        identity_G, value_G, dispersion_G = (
+            torch.from_numpy(x).to(device) for x in (offsets.identity_G, offsets.value_G, offsets.dispersion_G)
+        )
 
         def said(masked: MaskedCells, codes: PerturbationCodes) -> DenoiserOutput:
             output = network(ToldCells.of(masked, codes), z_BZ)
@@ -573,6 +616,7 @@ class _Drawing:
                 extra = (self.guidance - 1.0) * (1.0 - state.t_B.float())
                 outputs.append(said(masked, untold(told, torch.zeros(cells.n_cells, dtype=torch.bool, device=device))))
                 weights = [1.0 + extra, -extra]
-            return GuidedPrediction.of(network, masked, tuple(outputs), torch.stack(weights))
+            said_of = GuidedPrediction.of(network, masked, tuple(outputs), torch.stack(weights))
+            return replace(said_of, network=cast(NativeNetwork, _Dispersed(network, dispersion_G)))
 
         return predict
