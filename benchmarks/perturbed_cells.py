@@ -185,7 +185,12 @@ Draw = Callable[[Trial], CellCounts]
 
 
 def methods(
-    change: np.ndarray, spread: float, network: PerturbedNetwork, tokeniser: Tokeniser, told: PerturbationCodes
+    change: np.ndarray,
+    spread: float,
+    depth_ratio: float,
+    network: PerturbedNetwork,
+    tokeniser: Tokeniser,
+    told: PerturbationCodes,
 ) -> list[tuple[str, Draw]]:
     """Name all that draw cells with a predicted change."""
 
@@ -196,13 +201,25 @@ def methods(
     def diffusion(**options: Any) -> Draw:
         return lambda t: (
             draw_perturbed(
-                network, tokeniser, told, t.control, change, n_cells=t.n, seed=t.seed, spread=spread, **options
+                network,
+                tokeniser,
+                told,
+                t.control,
+                change,
+                n_cells=t.n,
+                seed=t.seed,
+                spread=spread,
+                depth_ratio=depth_ratio,
+                **options,
             ).cells
         )
 
     return [
         ("counts shifted", lambda t: shifted_cells(t.control, change, t.n, t.seed)),
-        ("counts shifted, with spread", lambda t: shifted_cells(t.control, change, t.n, t.seed, spread=spread)),
+        (
+            "counts shifted, with spread and depth",
+            lambda t: shifted_cells(t.control, change, t.n, t.seed, spread=spread, depth_ratio=depth_ratio),
+        ),
         ("negative binomial", independent),
         ("scDiVa, half of the rising genes", diffusion()),
         ("scDiVa, everything", diffusion(redrawn="all", hidden_share=1.0)),
@@ -304,7 +321,8 @@ def main() -> None:
     of_others = np.mean([mean_change(*pair) for pair in seen], axis=0)
     # the median: one type is a mixture of cells that respond and others
     spread = float(np.median([response_spread(*pair) for pair in seen]))
-    print(f"spread of the response in the types that were seen: {spread:.2f}", flush=True)
+    depth_ratio = float(np.median([a.library_size.mean() / b.library_size.mean() for a, b in seen]))
+    print(f"types that were seen: spread of the response {spread:.2f}, depth ratio {depth_ratio:.2f}", flush=True)
     rows: list[dict[str, Any]] = []
     for name in arguments.types:
         space = ReferenceSpace.fit(cells.counts[np.flatnonzero(type_of != name)], seed=0)
@@ -315,7 +333,7 @@ def main() -> None:
             for prediction, change in (
                 ("true", mean_change(trial.other_half, trial.control)), ("other types", of_others)
             ):  # fmt: skip
-                for how, draw in methods(change, spread, objective.network, tokeniser, told):
+                for how, draw in methods(change, spread, depth_ratio, objective.network, tokeniser, told):
                     trial.judge(rows, how, prediction, draw, change)
     with replacing(arguments.out.with_suffix(".json")) as partial:
         partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -114,3 +114,12 @@ class TestSpread:
 
     def test_no_response_has_none(self, cells):
         assert response_spread(cells, cells) == 0.0
+
+
+@pytest.mark.parametrize("ratio", [0.7, 1.3])
+def test_depth_is_as_asked_and_means_are_as_predicted(ratio):
+    rng = np.random.default_rng(0)
+    cells = cell_counts(rng.poisson(rng.gamma(2.0, 2.0, 60), (N_CELLS, 60)))
+    moved = CountShift.fit(cells, np.zeros(60), rng, depth_ratio=ratio).apply(cells, rng)
+    assert abs(moved.library_size.mean() / cells.library_size.mean() - ratio) < 0.05
+    assert np.abs(mean_log1p(moved.counts, moved.library_size) - target_mean(cells, np.zeros(60))).mean() < 0.06

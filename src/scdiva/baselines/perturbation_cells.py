@@ -35,7 +35,13 @@ def control_cells(control: CellCounts, n_cells: int, seed: int) -> CellCounts:
 
 
 def shifted_cells(
-    control: CellCounts, change_G: NDArray[np.floating], n_cells: int, seed: int, *, spread: float = 0.0
+    control: CellCounts,
+    change_G: NDArray[np.floating],
+    n_cells: int,
+    seed: int,
+    *,
+    spread: float = 0.0,
+    depth_ratio: float = 1.0,
 ) -> CellCounts:
     """Return control cells whose counts are thinned, or gain Poisson counts, until the mean changes as predicted.
 
@@ -47,13 +53,15 @@ def shifted_cells(
         ``(n_genes,)`` predicted change of the mean of log1p(CP10K).
     spread
         Standard deviation over cells of the log strength of response; 0: all cells gain at the same rates.
+    depth_ratio
+        Library size that a perturbed cell is to have, over that of its control cell.
 
     Raises
     ------
     ConfigError
         No cells, or changes that do not fit them (:meth:`scdiva.data.shifting.CountShift.fit`).
     """
-    shift = CountShift.fit(control, change_G, np.random.default_rng([seed, 1]), spread=spread)
+    shift = CountShift.fit(control, change_G, np.random.default_rng([seed, 1]), spread=spread, depth_ratio=depth_ratio)
     return shift.apply(control_cells(control, n_cells, seed), np.random.default_rng([seed, 2]))
 
 

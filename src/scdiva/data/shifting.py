@@ -21,8 +21,8 @@ from scdiva.data.statistics import CP10K
 from scdiva.errors import ConfigError
 from scdiva.types import CellCounts
 
-_ROUNDS = 3
-"""Moved counts change library sizes, and these all CP10K; the third round changes next to nothing."""
+_ROUNDS = 2
+"""A predicted change need not leave the depth as it is; the second round knows the depth that the first one led to."""
 _MAX_ADDED_SHARE = 0.2
 """Largest share of a library that one gene may gain."""
 
@@ -50,7 +50,13 @@ class CountShift:
 
     @classmethod
     def fit(
-        cls, cells: CellCounts, change_G: NDArray[np.floating], rng: np.random.Generator, *, spread: float = 0.0
+        cls,
+        cells: CellCounts,
+        change_G: NDArray[np.floating],
+        rng: np.random.Generator,
+        *,
+        spread: float = 0.0,
+        depth_ratio: float = 1.0,
     ) -> Self:
         """Find the numbers at which some cells get a predicted mean.
 
@@ -65,6 +71,9 @@ class CountShift:
             Source of randomness.
         spread
             Standard deviation over cells of the log strength of response (:func:`response_spread`).
+        depth_ratio
+            Library size that a perturbed cell is to have, over that of its control cell. A mean of CP10K does not tell
+            it, and thinning everything would be as right as adding much.
 
         Raises
         ------
@@ -78,27 +87,23 @@ class CountShift:
         library = cells.library_size.astype(np.float64)
         share = np.maximum(library, 0.0) * _strength(cells.n_cells, spread, rng)
         share /= max(share.sum(), 1e-300)
-        moved = library.copy()
         state = rng.bit_generator.state
+        ratio = depth_ratio
         for _ in range(_ROUNDS):
-            rng.bit_generator.state = state  # the same molecules come and go: rounds differ in library sizes alone
-            scale = CP10K / np.maximum(moved, 1.0)
-            gained = np.zeros(cells.n_cells)
+            rng.bit_generator.state = state  # the same molecules come and go in each round
+            scale = CP10K / np.maximum(ratio * library, 1.0)
             for gene in range(cells.n_genes):
-                rows = by_gene.indices[by_gene.indptr[gene] : by_gene.indptr[gene + 1]]
-                data = by_gene.data[by_gene.indptr[gene] : by_gene.indptr[gene + 1]]
-                if not data.size and target[gene] <= 0:
-                    continue
+                own = slice(by_gene.indptr[gene], by_gene.indptr[gene + 1])
+                rows, data = by_gene.indices[own], by_gene.data[own]
                 mean = float(np.log1p(data * scale[rows]).sum()) / cells.n_cells
+                kept[gene], added[gene] = 1.0, 0.0
                 if target[gene] < mean:
-                    kept[gene], lost = _thinned(rows, data, scale, target[gene], rng)
-                    added[gene] = 0.0
-                    gained -= lost
+                    kept[gene] = _thinned(rows, data, scale, target[gene], rng)
                 elif target[gene] > mean:
-                    n_added, new = _increased(rows, data, scale, share, target[gene], library.sum(), rng)
-                    kept[gene], added[gene] = 1.0, n_added / max(library.sum(), 1.0)
-                    gained += new
-            moved = np.maximum(library + gained, 1.0)
+                    n_added = _increased(rows, data, scale, share, target[gene], library.sum(), rng)
+                    added[gene] = n_added / max(library.sum(), 1.0)
+            n_lost = float(((1.0 - kept[cells.counts.indices]) * cells.counts.data).sum())
+            ratio = 1.0 + float(added.sum()) - n_lost / max(library.sum(), 1.0)
         return cls(kept, added, target, spread)
 
     def apply(self, cells: CellCounts, rng: np.random.Generator) -> CellCounts:
@@ -215,8 +220,8 @@ def _thinned(
     scale: NDArray[np.float64],
     target: float,
     rng: np.random.Generator,
-) -> tuple[float, NDArray[np.float64]]:
-    """Share of molecules to keep for a mean, and how many each cell loses."""
+) -> float:
+    """Share of molecules to keep for a mean."""
     owner = np.repeat(np.arange(rows.size), data)[rng.permutation(int(data.sum()))]
     low, high, n_cells = 0, owner.size, scale.size
     while low < high:  # fewest molecules whose mean is not below the target
@@ -226,9 +231,7 @@ def _thinned(
             low = middle + 1
         else:
             high = middle
-    lost = np.zeros(n_cells)
-    lost[rows] = data - np.bincount(owner[:low], minlength=rows.size)
-    return low / max(owner.size, 1), lost
+    return low / max(owner.size, 1)
 
 
 def _increased(
@@ -239,8 +242,8 @@ def _increased(
     target: float,
     n_umis: float,
     rng: np.random.Generator,
-) -> tuple[int, NDArray[np.float64]]:
-    """Molecules to add, over all cells, for a mean, and how many each cell gains."""
+) -> int:
+    """Molecules to add, over all cells, for a mean."""
     own = np.zeros(scale.size)
     own[rows] = data
     edges = np.cumsum(share)
@@ -267,4 +270,4 @@ def _increased(
     # of two numbers beside the target, the nearer one
     if low > 0 and target - mean_with(low - 1) < mean_with(low) - target:
         low -= 1
-    return low, np.bincount(owner[:low], minlength=own.size).astype(np.float64)
+    return low

@@ -317,6 +317,7 @@ def draw_perturbed(
     sampler: Sampler | None = None,
     seed: int = 0,
     spread: float = 0.0,
+    depth_ratio: float = 1.0,
     redrawn: Redrawn = "rising",
     min_change: float = 0.1,
     min_mean: float = 0.02,
@@ -348,6 +349,8 @@ def draw_perturbed(
     spread
         Standard deviation over cells of the log strength of response
         (:func:`scdiva.data.shifting.response_spread`, of seen perturbed cells); 0: all cells respond alike.
+    depth_ratio
+        Library size that a perturbed cell is to have, over that of its control cell.
     redrawn
         Which genes may be hidden and drawn again. "rising": those that gain more than half of their target mean, since
         most of their molecules are new; "changed": all whose mean changes; "all". Others keep the moved counts.
@@ -375,17 +378,19 @@ def draw_perturbed(
             expected="at least one cell and pilot cell; rounds and seed 0 or more",
             fix="leave out what you do not need",
         )
-    if not 0 <= hidden_share <= 1 or not 0 <= spread < np.inf:
+    if not 0 <= hidden_share <= 1 or not 0 <= spread < np.inf or not 0 < depth_ratio < np.inf:
         raise ConfigError(
-            f"hidden_share={hidden_share}, spread={spread}",
-            expected="a share from 0 to 1, and a spread of 0 or more",
-            fix="0.3 is a usual spread",
+            f"hidden_share={hidden_share}, spread={spread}, depth_ratio={depth_ratio}",
+            expected="a share from 0 to 1, a spread of 0 or more, a ratio above 0",
+            fix="0.3 is a usual spread, 1 a usual ratio",
         )
     if codes.what_BK.shape[0] != 1:
         raise ConfigError(
             f"codes of {codes.what_BK.shape[0]} perturbations", expected="one", fix="draw each perturbation on its own"
         )
-    shift = CountShift.fit(control, change, np.random.default_rng([seed, _SHIFT]), spread=spread)
+    shift = CountShift.fit(
+        control, change, np.random.default_rng([seed, _SHIFT]), spread=spread, depth_ratio=depth_ratio
+    )
     is_redrawn = (np.abs(change) >= min_change) & (shift.target_G >= min_mean)
     if redrawn == "rising":
         is_redrawn &= change > 0.5 * shift.target_G
@@ -465,7 +470,7 @@ class _Levels:
         at_least_1_G = np.maximum(n_G, 1)
 
         def total(x: NDArray[np.float64]) -> NDArray[np.float64]:
-            return np.bincount(counts.indices, weights=x, minlength=counts.shape[1])
+            return np.asarray(np.bincount(counts.indices, weights=x, minlength=counts.shape[1]), dtype=np.float64)
 
         log_value, mean_G = np.log1p(value), mean_log1p(counts, cells.library_size)
         own_G = mean_G * cells.n_cells / at_least_1_G
