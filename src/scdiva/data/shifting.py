@@ -72,8 +72,9 @@ class CountShift:
         spread
             Standard deviation over cells of the log strength of response (:func:`response_spread`).
         depth_ratio
-            Library size that a perturbed cell is to have, over that of its control cell. A mean of CP10K does not tell
-            it, and thinning everything would be as right as adding much.
+            Library size that a perturbed cell is to have, over that of its control cell: a mean of CP10K does not tell
+            it. Agreement with the mean comes first: what is reached lies between this and the ratio that the change
+            itself leads to.
 
         Raises
         ------
