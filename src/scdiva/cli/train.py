@@ -80,6 +80,9 @@ def finetune(
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", help="Leave out cells of this perturbation (repeatable).")
     ] = None,
+    cells: Annotated[
+        bool, typer.Option("--cells/--no-cells", help="Of perturbations: also learn to draw single cells (minutes).")
+    ] = True,
     only_measured_genes: Annotated[
         bool, typer.Option("--only-measured-genes", help="Leave genes that FILE lacks out of the new model.")
     ] = False,
@@ -120,6 +123,7 @@ def finetune(
             library_size_key=library_size_key,
             layer=layer,
             exclude=exclude or (),
+            cells=cells,
             min_coverage=min_coverage,
             name=name,
             seed=seed,

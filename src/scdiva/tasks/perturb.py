@@ -19,6 +19,7 @@ from scdiva.data.source import open_source
 from scdiva.errors import ConfigError, SourceError
 from scdiva.models.scdiva.perturbation_model import PerturbationModel, PredictedChange
 from scdiva.tasks.fit_perturbation import BUNDLE, PerturbationTraining, fit_perturbation
+from scdiva.tasks.fit_perturbed_cells import fit_cells
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -90,6 +91,7 @@ def finetune_perturbation(
     exclude: Sequence[str] = (),
     min_coverage: float = 0.5,
     options: PerturbationTraining | None = None,
+    cells: bool = True,
     name: str = "",
     seed: int = 0,
     progress: bool = True,
@@ -110,6 +112,8 @@ def finetune_perturbation(
         Smallest share of UMIs that the model's genes must cover.
     options
         How it is trained.
+    cells
+        Also fine-tune the masked diffusion, for single cells; it takes some minutes.
     name
         Name of the new model.
     seed
@@ -152,6 +156,8 @@ def finetune_perturbation(
         min_coverage=min_coverage,
     )
     options = options or PerturbationTraining()
+    if cells:  # before there is anything to wait for
+        model.check_generates()
     source = open_source(data)
     fitted = fit_perturbation(
         loaded.data,
@@ -174,6 +180,9 @@ def finetune_perturbation(
         seed=seed,
         progress=progress,
     )
+    if cells:
+        fitted.drawer = fit_cells(loaded.data, model, fitted.coder, out / "cells", seed=seed, progress=progress)
+        fitted.details["trained_heads"] = ["perturbation", "perturbed cells"]
     fitted.save_pretrained(out / BUNDLE)
     return PerturbationModel.from_pretrained(out / BUNDLE, device=str(model.device)), loaded
 
@@ -374,6 +383,65 @@ def perturb(
         adata.layers[layer] = np.stack(parts)
     adata.uns["scdiva"] = {"perturb": record_of(model, control)}
     return Perturbed(adata, predictions)
+
+
+def draw_cells(
+    control: ControlCells,
+    model: PerturbationModel,
+    perturbations: Sequence[Perturbation],
+    n_cells: int,
+    *,
+    seed: int = 0,
+) -> AnnData:
+    """Draw single perturbed cells, of each perturbation in each context of the control cells.
+
+    Parameters
+    ----------
+    control
+        Cells to start from.
+    model
+        A model that was fine-tuned with single cells.
+    perturbations
+        What is done.
+    n_cells
+        Cells of each perturbation and context.
+    seed
+        Equal calls give equal cells.
+
+    Returns
+    -------
+    AnnData
+        ``X`` integer counts of the genes that the model predicts; ``.obs``: perturbation, context, control_cell (the cell
+        that each started at).
+
+    Raises
+    ------
+    UnsupportedError
+        The model draws no cells.
+    """
+    import anndata as ad
+    import scipy.sparse as sp
+
+    panel = model.reader.panel
+    name_of = dict(zip(control.cells.cell_index.tolist(), control.names.tolist(), strict=True))
+    counts, rows = [], []
+    for perturbation in perturbations:
+        for context in np.unique(control.context).tolist():
+            own = np.flatnonzero(control.context == context)
+            drawn = model.draw(perturbation, control.cells.take(own), context, n_cells=n_cells, seed=seed)
+            counts.append(sp.csr_matrix(drawn.counts[:, panel]))
+            rows += [
+                {"perturbation": perturbation.name, "context": context, "control_cell": name_of[i]}
+                for i in drawn.cell_index.tolist()
+            ]
+    var = pd.DataFrame(
+        {"symbol": model.vocabulary.symbol[panel]},
+        index=pd.Index(model.vocabulary.ensembl_id[panel], name="ensembl_id"),
+    )
+    obs = pd.DataFrame(rows, index=[f"cell_{i}" for i in range(len(rows))])
+    adata = ad.AnnData(sp.csr_matrix(sp.vstack(counts, format="csr")), obs=obs, var=var)
+    adata.uns["scdiva"] = {"perturb": {**record_of(model, control), "unit": "counts", "seed": seed}}
+    return adata
 
 
 def record_of(model: PerturbationModel, control: ControlCells) -> dict[str, Any]:

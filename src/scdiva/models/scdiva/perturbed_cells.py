@@ -13,7 +13,7 @@ Shape letters: B cells, G genes, K places of perturbations, Z latent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, Self, cast
 
@@ -57,6 +57,8 @@ _VARIANCE_FLOOR = 0.02
 _PRIOR_CELLS = 4.0
 """Weight, in pilot cells that have the gene, of the network's own opinion against what they show."""
 _ROWS, _SHIFT, _CELLS, _PILOT, _DRAWS = 201, 202, 203, 204, 205  # tags of the random streams
+
+GENE_EMBEDDING = "anchor.gene_embedding"
 
 Redrawn = Literal["changed", "rising", "all"]
 Trained = Literal["all", "last"]
@@ -304,6 +306,66 @@ class DrawnCells:
     is_redrawn_G: NDArray[np.bool_]
     offsets: Offsets
     target_G: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CellDrawer:
+    """What draws single cells of a perturbation model.
+
+    Parameters
+    ----------
+    network
+        Fine-tuned by :class:`PerturbationDenoising`.
+    tokeniser
+        How cells become tokens.
+    spread, depth_ratio
+        Of :func:`draw_perturbed`, as seen in the training cells.
+    """
+
+    network: PerturbedNetwork
+    tokeniser: Tokeniser
+    spread: float
+    depth_ratio: float
+
+    def draw(
+        self, codes: PerturbationCodes, control: CellCounts, change_G: NDArray[np.floating], n_cells: int, seed: int
+    ) -> DrawnCells:
+        """Draw cells of one perturbation; see :func:`draw_perturbed`."""
+        return draw_perturbed(
+            self.network,
+            self.tokeniser,
+            codes.to(self.network.null_latent.device),
+            control,
+            change_G,
+            n_cells=n_cells,
+            seed=seed,
+            spread=self.spread,
+            depth_ratio=self.depth_ratio,
+        )
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the weights by name, without the gene embeddings, which are the base model's."""
+        return {
+            name: tensor.detach().float().cpu()
+            for name, tensor in self.network.state_dict().items()
+            if name != GENE_EMBEDDING
+        }
+
+    @classmethod
+    def rebuilt(
+        cls,
+        model: ScDiVa,
+        n_names: int,
+        state: Mapping[str, torch.Tensor],
+        tokeniser: Tokeniser,
+        spread: float,
+        depth_ratio: float,
+    ) -> Self:
+        """Build it from what :meth:`state` returned; RuntimeError where that does not fit."""
+        network = PerturbedNetwork.of(model, n_names)
+        whole = {GENE_EMBEDDING: network.state_dict()[GENE_EMBEDDING], **state}
+        network.load_state_dict(whole, strict=True)
+        return cls(network.eval(), tokeniser, spread, depth_ratio)
 
 
 def draw_perturbed(
