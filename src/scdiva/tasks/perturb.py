@@ -411,8 +411,8 @@ def draw_cells(
     Returns
     -------
     AnnData
-        ``X`` integer counts of the genes that the model predicts; ``.obs``: perturbation, context, control_cell (the cell
-        that each started at).
+        ``X`` integer counts of the genes that the model predicts; ``.obs``: perturbation, context, control_cell (where
+        each started).
 
     Raises
     ------
