@@ -17,6 +17,7 @@ from scdiva.data.perturbation_effects import effects_of
 from scdiva.data.perturbations import Perturbation, PerturbedCells
 from scdiva.errors import BundleError, ConfigError, OutputError, SourceError, TrainingError, UnsupportedError
 from scdiva.models.base import load_model
+from scdiva.models.scdiva import ScDiVa
 from scdiva.models.scdiva.perturbation_base import MeasuredEffect
 from scdiva.models.scdiva.perturbation_model import PerturbationModel
 from scdiva.models.scdiva.perturbation_network import gene_weights
@@ -536,13 +537,11 @@ def test_a_damaged_bundle_is_refused(fitted, with_network, tmp_path):
             PerturbationModel.from_pretrained(path, device="cpu")
     rewritten("model.safetensors", lambda file: save_file(weights, file))
     assert PerturbationModel.from_pretrained(path, device="cpu").gate == with_network[0].gate
-    (path / "codec" / "README.md").write_text("changed")
-    with pytest.raises(BundleError):
-        PerturbationModel.from_pretrained(path, device="cpu")
-    from scdiva.models.scdiva import ScDiVa
-
     with pytest.raises(BundleError, match="family"):
         ScDiVa.from_pretrained(path, device="cpu")
+    (path / "codec" / "README.md").write_text("changed")
+    with pytest.raises(BundleError, match="codec"):
+        PerturbationModel.from_pretrained(path, device="cpu")
 
 
 def test_nothing_half_written_stays_when_saving_fails(fitted, tmp_path, monkeypatch):
