@@ -17,7 +17,8 @@ from scdiva.data.perturbation_effects import effects_of
 from scdiva.data.perturbations import Perturbation, PerturbedCells
 from scdiva.errors import BundleError, ConfigError, OutputError, SourceError, TrainingError, UnsupportedError
 from scdiva.models.base import load_model
-from scdiva.models.scdiva.perturbation_base import MeasuredEffect
+from scdiva.models.scdiva import ScDiVa
+from scdiva.models.scdiva.perturbation_base import MeasuredEffect, fit_weights
 from scdiva.models.scdiva.perturbation_model import PerturbationModel
 from scdiva.models.scdiva.perturbation_network import gene_weights
 from scdiva.tasks import fit_perturbation as task
@@ -314,6 +315,22 @@ def test_a_drug_that_is_left_out_altogether_teaches_the_network_nothing(monkeypa
     assert "not trained: 0 left-out conditions" in found.details["fine_tuning"]["network"]
 
 
+def test_what_is_said_of_left_out_conditions_is_weighed_without_them(screen, model):
+    """A predictor that happens to know one condition's answer must not be believed for it."""
+    predictor = fit_perturbation(screen.data, model, options=SIMPLE, progress=False).predictor
+    problems = predictor.left_out("single")
+    own, units = problems[0][2], sorted(effect.perturbation.name for _, _, effect in problems)
+    fold = {name: i % 5 for i, name in enumerate(units)}
+    rest = [(said, c) for said, c, e in problems if fold[e.perturbation.name] != fold[own.perturbation.name]]
+    assert 0 < len(rest) < len(problems)
+    known = {**problems[0][0], "mean": own.change}
+    expected = fit_weights(rest, tuple(known)).combine(known)
+    predictor.left_out = lambda question: [(known, own.change, own), *problems[1:]] if question == "single" else []
+    (item,) = [i for i in task._left_out(predictor) if i.effect is own]
+    assert np.allclose(item.base, expected)
+    assert not np.allclose(item.base, predictor.weights["single"].combine(known))
+
+
 def test_gates_are_the_best_factor_on_held_out_conditions(monkeypatch):
     left = items([(f"g{i}", "a") for i in range(4)])
     wanted = [np.array([2.0, 0.0, 0.0]), np.array([0.0, 2.0, 0.0])]
@@ -536,13 +553,11 @@ def test_a_damaged_bundle_is_refused(fitted, with_network, tmp_path):
             PerturbationModel.from_pretrained(path, device="cpu")
     rewritten("model.safetensors", lambda file: save_file(weights, file))
     assert PerturbationModel.from_pretrained(path, device="cpu").gate == with_network[0].gate
-    (path / "codec" / "README.md").write_text("changed")
-    with pytest.raises(BundleError):
-        PerturbationModel.from_pretrained(path, device="cpu")
-    from scdiva.models.scdiva import ScDiVa
-
     with pytest.raises(BundleError, match="family"):
         ScDiVa.from_pretrained(path, device="cpu")
+    (path / "codec" / "README.md").write_text("changed")
+    with pytest.raises(BundleError, match="codec"):
+        PerturbationModel.from_pretrained(path, device="cpu")
 
 
 def test_nothing_half_written_stays_when_saving_fails(fitted, tmp_path, monkeypatch):

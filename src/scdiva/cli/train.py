@@ -54,7 +54,12 @@ def finetune(
     model: ModelOption = DEFAULT_MODEL,
     layer: LayerOption = None,
     batch_key: Annotated[
-        str | None, typer.Option("--batch-key", help=".obs column with donors or batches; whole ones are held out.")
+        str | None,
+        typer.Option(
+            "--batch-key",
+            help=".obs column with donors or batches; whole ones are held out, and perturbed cells are compared with "
+            "control cells of their own.",
+        ),
     ] = None,
     condition: Annotated[
         list[str] | None,
@@ -95,6 +100,9 @@ def finetune(
 
     Without --condition nothing is learned from labels, and anchor and profile decoder are trained. With it the whole
     network is, and the labels of the columns become conditions of the new model.
+
+    With --perturbation-key or --layout it learns what perturbations do, for scdiva perturb; --set then takes
+    network=false, max_steps=400 and so on.
     """
     from scdiva.config import apply_overrides
     from scdiva.data.source import open_source
