@@ -243,6 +243,19 @@ def test_a_network_that_is_not_borne_out_is_not_used(with_network, screen):
     assert (whole.spread_cells > 0).any()
 
 
+def test_what_was_measured_or_never_tried_is_not_corrected(with_network, screen):
+    network = copy.deepcopy(with_network[0].networks[0])
+    with torch.no_grad():
+        network.regressor.out.bias += 0.25
+    model = with_gates(with_network[0], [network], [1.0])
+    name, control = screen.data.perturbations[1].name, control_of(screen.data)
+    for context, question in (("cells", "seen"), ("new", "context")):
+        found = model.predict(Perturbation((name,)), control, context)
+        assert found.question == question
+        assert np.array_equal(found.change, found.base)
+        assert np.isnan(found.error).all()
+
+
 def test_too_few_conditions_train_no_network_and_the_record_says_so():
     data = perturbed_cells(n_cells=30)
     found = fit_perturbation(data, native_model(vocabulary(), data.cells), options=QUICK, progress=False)

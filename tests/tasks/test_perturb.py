@@ -278,6 +278,8 @@ def test_other_impossible_questions(model, screen, control):
             sd.tl.perturb(control, model, sorted(screen.pathway)[0], kind=kind)
     with pytest.raises(SourceError):
         sd.tl.perturb(control[:0].copy(), model, sorted(screen.pathway)[0])
+    with pytest.raises(UnsupportedError, match="has a dose, and none was in the training data"):
+        sd.tl.perturb(control, model, sorted(screen.pathway)[0] + "@3")
     with pytest.raises(UnsupportedError, match="no control cell"):
         model.predict(model.perturbations[0], screen.data.cells.take(np.arange(0)), "cells")
 

@@ -369,7 +369,8 @@ def perturb(
             }.items():
                 layers.setdefault(layer, []).append(values[panel])
     var = pd.DataFrame({"symbol": symbols}, index=pd.Index(model.vocabulary.ensembl_id[panel], name="ensembl_id"))
-    adata = ad.AnnData(np.stack(changes), obs=pd.DataFrame(rows, index=names), var=var)
+    obs = pd.DataFrame(rows, index=names).astype(dict.fromkeys(("perturbation", "context", "question"), "category"))
+    adata = ad.AnnData(np.stack(changes), obs=obs, var=var)
     for layer, parts in layers.items():
         adata.layers[layer] = np.stack(parts)
     adata.uns["scdiva"] = {"perturb": record_of(model, control)}
