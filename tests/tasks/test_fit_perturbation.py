@@ -218,6 +218,40 @@ def test_the_record_says_what_was_trained(with_network, screen):
     assert ("network" in record) == (own["gate"] == 0.0)
 
 
+def test_several_networks_have_seeds_of_their_own(screen, model, with_network, tmp_path):
+    options = replace(QUICK, n_networks=2)
+    found = fit_perturbation(screen.data, model, options=options, out_dir=tmp_path / "run", progress=False)
+    first, second = (network.trained() for network in found.networks)
+    alone = with_network[0].networks[0].trained()
+    assert all(torch.equal(first[name], alone[name]) for name in first)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    assert len(found.gate) == len(found.details["fine_tuning"]["gate"]) == 2
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["network-0", "network-1"]
+    both = with_gates(found, list(found.networks), [1.0, 1.0])
+    both.save_pretrained(tmp_path / "bundle")
+    same_predictions(both, load_model(tmp_path / "bundle", device="cpu"), screen)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(screen, model, with_network, tmp_path, monkeypatch):
+    import scdiva.training as training
+
+    whole = training.fit
+
+    def stopped(*args, config, **kwargs):
+        half = config.model_copy(update={"training": config.training.model_copy(update={"max_steps": 2})})
+        whole(*args, config=half, **kwargs)
+        raise KeyboardInterrupt
+
+    options = replace(QUICK, max_steps=4)
+    monkeypatch.setattr(training, "fit", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fit_perturbation(screen.data, model, options=options, out_dir=tmp_path, progress=False)
+    monkeypatch.setattr(training, "fit", whole)
+    found = fit_perturbation(screen.data, model, options=options, out_dir=tmp_path, progress=False)
+    assert found.details["fine_tuning"]["network_0"]["n_steps"] == 4
+    assert len(found.networks) == 1
+
+
 def with_gates(found, networks, gates) -> PerturbationModel:
     return PerturbationModel(
         found.base, found.predictor, found.reader, found.coder, networks, gates, found.expected_error,
@@ -241,6 +275,19 @@ def test_a_network_that_is_not_borne_out_is_not_used(with_network, screen):
     assert np.allclose(mixed.spread_seeds, np.abs(added) / 2, atol=1e-5)
     assert not whole.spread_seeds.any()
     assert (whole.spread_cells > 0).any()
+
+
+def test_what_was_measured_or_never_tried_is_not_corrected(with_network, screen):
+    network = copy.deepcopy(with_network[0].networks[0])
+    with torch.no_grad():
+        network.regressor.out.bias += 0.25
+    model = with_gates(with_network[0], [network], [1.0])
+    name, control = screen.data.perturbations[1].name, control_of(screen.data)
+    for context, question in (("cells", "seen"), ("new", "context")):
+        found = model.predict(Perturbation((name,)), control, context)
+        assert found.question == question
+        assert np.array_equal(found.change, found.base)
+        assert np.isnan(found.error).all()
 
 
 def test_too_few_conditions_train_no_network_and_the_record_says_so():

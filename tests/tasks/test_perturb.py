@@ -278,6 +278,8 @@ def test_other_impossible_questions(model, screen, control):
             sd.tl.perturb(control, model, sorted(screen.pathway)[0], kind=kind)
     with pytest.raises(SourceError):
         sd.tl.perturb(control[:0].copy(), model, sorted(screen.pathway)[0])
+    with pytest.raises(UnsupportedError, match="has a dose, and none was in the training data"):
+        sd.tl.perturb(control, model, sorted(screen.pathway)[0] + "@3")
     with pytest.raises(UnsupportedError, match="no control cell"):
         model.predict(model.perturbations[0], screen.data.cells.take(np.arange(0)), "cells")
 
@@ -337,7 +339,8 @@ def test_fine_tuning_from_a_file(screen, base, tmp_path):
     assert loaded.report.n_perturbations == 24
     assert found.name == "mine"
     assert found.bundle_hash
-    assert found.details["control"] == "control"
+    assert found.details["control"] == ["control"]
+    assert found.details["perturbation_key"] == "perturbation"
     assert found.details["base_model"]["name"] == "small"
     assert "screen" in found.details["description"]
     assert sorted(p.name for p in out.iterdir()) == ["bundle"]
@@ -352,6 +355,20 @@ def test_fine_tuning_from_a_file(screen, base, tmp_path):
         strict=True,
     ):
         assert np.allclose(one, other, atol=1e-5)
+
+
+def test_perturbed_cells_do_not_pass_for_control_cells(screen, base, control, tmp_path):
+    adata = screen.to_adata()
+    adata.obs["perturbation"] = adata.obs["perturbation"].astype(str).replace("control", "ctrl")
+    adata.obs = adata.obs.rename(columns={"perturbation": "condition"})
+    found, _ = finetune_perturbation(adata, base, tmp_path / "run", layout="gears", options=SIMPLE, progress=False)
+    name = found.perturbations[0].name
+    with pytest.raises(SourceError, match=r"600 cells .* are no control cells by \.obs\['condition'\]"):
+        sd.tl.perturb(adata, found, name)
+    # the name of control is that of training, unless told otherwise
+    one = sd.tl.perturb(adata, found, name, perturbation_key="condition", context_key="cell_type")
+    other = sd.tl.perturb(control, found, name, context_key="cell_type")
+    assert np.array_equal(one.X, other.X)
 
 
 def test_fine_tuning_that_fails_leaves_no_bundle(screen, base, tmp_path, monkeypatch):

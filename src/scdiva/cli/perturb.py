@@ -31,7 +31,8 @@ def perturb(
         str | None, typer.Option("--perturbation-key", help=".obs column that tells control cells from others.")
     ] = None,
     control: Annotated[
-        list[str] | None, typer.Option("--control", help="Name of control cells in it (repeatable).")
+        list[str] | None,
+        typer.Option("--control", help="Name of control cells in it (repeatable); those of training if left out."),
     ] = None,
     library_size_key: LibrarySizeOption = None,
     layer: LayerOption = None,

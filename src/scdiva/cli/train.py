@@ -219,8 +219,10 @@ def _finetune_perturbation(file: Path, out: Path, model: str, overrides: list[st
     record = fitted.details["fine_tuning"]
     left_out = ", ".join(f"{n} {question}" for question, n in record["left_out"].items() if n) or "none"
     typer.echo(f"{record['n_conditions']} conditions; left out once each, to weigh the simple predictors: {left_out}")
-    for metric, value in fitted.details["metrics"].items():
-        typer.echo(f"  {metric:<34}{value:>9.4f}")
+    metrics = fitted.details["metrics"]
+    for metric, value in metrics.items():
+        if not metric.endswith("_floor"):
+            typer.echo(f"  {metric:<38}{value:>9.4f}   floor {metrics[f'{metric}_floor']:.4f}")
     if "network" in record:
         typer.echo(f"network: {record['network']}")
     elif record["gate"]:

@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from scdiva.data.conditions import column_text, is_missing
-from scdiva.data.perturbation_sets import load_perturbed
+from scdiva.data.perturbation_sets import PERTURBATION_LAYOUTS, load_perturbed
 from scdiva.data.perturbations import Kind, Perturbation, parse_perturbation
 from scdiva.data.reader import open_counts
 from scdiva.data.source import open_source
@@ -159,6 +159,7 @@ def finetune_perturbation(
     if cells:  # before there is anything to wait for
         model.check_generates()
     source = open_source(data)
+    names = PERTURBATION_LAYOUTS[layout].control if control is None and layout is not None else control or ()
     fitted = fit_perturbation(
         loaded.data,
         model,
@@ -174,7 +175,8 @@ def finetune_perturbation(
             ),
             "base_model": {"name": model.name, "hash": model.bundle_hash},
             "kind": kind,
-            "control": list(control) if isinstance(control, (list, tuple)) else control,
+            "perturbation_key": dict(loaded.report.keys)["perturbation"],
+            "control": [names] if isinstance(names, str) else list(names),
             "options": asdict(options),
         },
         seed=seed,
@@ -210,7 +212,8 @@ def control_cells(
         Column of ``.obs`` with the context of every cell. Left out: all cells are one context, the model's only one if
         it has one, else a new one.
     perturbation_key, control
-        Column of ``.obs`` and the name or names of control in it: other cells are left out.
+        Column of ``.obs`` and the name or names of control in it, those of training if left out: other cells are left
+        out.
     library_size_key
         Column of ``.obs`` with each cell's UMIs over all genes, for gene panels.
     layer
@@ -221,7 +224,8 @@ def control_cells(
     Raises
     ------
     SourceError
-        There is no control cell, or most genes of the model's panel are not measured.
+        There is no control cell; the column that training knew perturbations from says that some are none, and
+        ``perturbation_key`` is left out; or most genes of the model's panel are not measured.
     ConfigError
         ``control`` without ``perturbation_key``.
     KeyNotFoundError, ScaleError, GeneError
@@ -235,8 +239,17 @@ def control_cells(
         )
     source = open_source(data)
     is_kept = np.ones(source.n_cells, dtype=bool)
+    usual, column = list(model.details.get("control") or ["control"]), model.details.get("perturbation_key")
+    if perturbation_key is None and column is not None and column in source.obs.columns:
+        n_others = int((~np.isin(column_text(source.column(column)), usual)).sum())
+        if n_others:
+            raise SourceError(
+                f"{n_others:,} cells of {source.name} are no control cells by .obs[{column!r}]",
+                expected=f"control cells ({' or '.join(usual)}), which predictions start from",
+                fix=f"name the column (perturbation_key={column!r}), and control if it has another name here",
+            )
     if perturbation_key is not None:
-        wanted = [control] if isinstance(control, str) else list(control or ["control"])
+        wanted = [control] if isinstance(control, str) else list(control or usual)
         label = column_text(source.column(perturbation_key))
         is_kept &= np.isin(label, wanted)
         if not is_kept.any():
@@ -378,7 +391,8 @@ def perturb(
             }.items():
                 layers.setdefault(layer, []).append(values[panel])
     var = pd.DataFrame({"symbol": symbols}, index=pd.Index(model.vocabulary.ensembl_id[panel], name="ensembl_id"))
-    adata = ad.AnnData(np.stack(changes), obs=pd.DataFrame(rows, index=names), var=var)
+    obs = pd.DataFrame(rows, index=names).astype(dict.fromkeys(("perturbation", "context", "question"), "category"))
+    adata = ad.AnnData(np.stack(changes), obs=obs, var=var)
     for layer, parts in layers.items():
         adata.layers[layer] = np.stack(parts)
     adata.uns["scdiva"] = {"perturb": record_of(model, control)}

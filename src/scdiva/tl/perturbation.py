@@ -49,7 +49,8 @@ def perturb(
         Column of ``.obs`` with cell types or lines; a prediction is made for each, also for one that training never saw
         perturbed. Left out: all cells are one context.
     perturbation_key, control
-        Column of ``.obs`` and the name or names of control cells in it, where ``adata`` has other cells, too.
+        Column of ``.obs`` and the name or names of control cells in it (those of training if left out), where ``adata``
+        has other cells, too.
     library_size_key
         Column of ``.obs`` with each cell's total UMIs, for gene panels.
     layer

@@ -162,7 +162,8 @@ class PerturbationModel(PretrainedModel):
     networks
         What was trained on top, one per seed; none: the simple predictors alone.
     gate
-        Share of each network's correction that is added, in [0, 1]: what held-out conditions bear out.
+        Share of each network's correction that is added, in [0, 1]: what held-out conditions bear out. Where a question
+        was not tried on left-out conditions, that of measured conditions included, nothing is added.
     expected_error
         Errors of left-out conditions.
     drawer
@@ -235,8 +236,9 @@ class PerturbationModel(PretrainedModel):
         Raises
         ------
         UnsupportedError
-            Control; a kind that was not in training; a drug or cytokine, or a name that is no gene, that was not in
-            training; a gene that the vocabulary lacks; or more targets than the model has places for.
+            Control; a kind that was not in training, or a dose where it had none; a drug or cytokine, or a name that is
+            no gene, that was not in training; a gene that the vocabulary lacks; or more targets than the model has
+            places for.
         """
         if perturbation.is_control:
             raise UnsupportedError("control is no perturbation", expected="a target", fix="name what is perturbed")
@@ -246,6 +248,12 @@ class PerturbationModel(PretrainedModel):
                 f"no {perturbation.kind} was in the training data",
                 expected=" or ".join(kinds),
                 fix="fine-tune with cells that had one; effects of one kind do not tell those of another",
+            )
+        if perturbation.dose is not None and all(p.dose is None for p in self.perturbations):
+            raise UnsupportedError(
+                f"{perturbation.name} has a dose, and none was in the training data",
+                expected="no dose",
+                fix="leave it out, or fine-tune on doses (--dose-key, or names such as drug@2.5)",
             )
         seen = sorted({target for p in self.perturbations if p.kind == perturbation.kind for target in p.targets})
         shown = ", ".join(seen[:20]) + (" ..." if len(seen) > 20 else "")
@@ -328,7 +336,9 @@ class PerturbationModel(PretrainedModel):
         base: NDArray[np.float64],
     ) -> NDArray[np.float64]:
         """Return what the networks add, ``(seeds, cells, P)``, their gates applied."""
-        if not self.networks or not any(self.gate) or not self.coder.is_known(perturbation):
+        # gates are of questions that conditions were left out for: nothing bears out a correction of what was measured
+        is_judged = self.predictor.question(perturbation, context) in self.expected_error.rms
+        if not self.networks or not any(self.gate) or not is_judged or not self.coder.is_known(perturbation):
             return np.zeros((0, 0, 0))
         rows = np.unique(np.linspace(0, control.n_cells - 1, min(control.n_cells, MAX_CELLS)).astype(np.int64))
         codes = self.coder.codes([perturbation])
