@@ -45,6 +45,7 @@ def bundle_path(screen, folder):
         perturbation_key="perturbation",
         control=["control"],
         options=PerturbationTraining(network=False),
+        cells=False,
         progress=False,
     )
     return folder / "run" / "bundle"
@@ -53,7 +54,7 @@ def bundle_path(screen, folder):
 @pytest.fixture
 def finetune(cli, folder, tmp_path):
     def run(*options, out=tmp_path / "run"):
-        return cli("finetune", folder / "screen.h5ad", "--model", folder / "base", "--out", out, *options)
+        return cli("finetune", folder / "screen.h5ad", "--model", folder / "base", "--out", out, "--no-cells", *options)
 
     return run
 

@@ -392,6 +392,8 @@ def test_gates_are_the_best_factor_on_held_out_conditions(monkeypatch):
             return self.scale * inputs
 
     class Objective:
+        weight = np.array([[1.0, 1.0, 1.0]] * 4)
+
         def prepare(self, cells, rng):
             return torch.tensor(np.stack([wanted[cells % 2]] * 3))
 

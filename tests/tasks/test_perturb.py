@@ -334,7 +334,7 @@ def test_fine_tuning_from_a_file(screen, base, tmp_path):
     path, out = tmp_path / "screen.h5ad", tmp_path / "run"
     screen.to_adata().write_h5ad(path)
     found, loaded = finetune_perturbation(
-        path, base, out, **KEYS, context_key="cell_type", options=SIMPLE, name="mine", progress=False
+        path, base, out, **KEYS, context_key="cell_type", options=SIMPLE, cells=False, name="mine", progress=False
     )
     assert loaded.report.n_perturbations == 24
     assert found.name == "mine"
@@ -345,7 +345,7 @@ def test_fine_tuning_from_a_file(screen, base, tmp_path):
     assert "screen" in found.details["description"]
     assert sorted(p.name for p in out.iterdir()) == ["bundle"]
     with pytest.raises(OutputError, match="exists"):
-        finetune_perturbation(path, base, out, **KEYS, options=SIMPLE, progress=False)
+        finetune_perturbation(path, base, out, **KEYS, options=SIMPLE, cells=False, progress=False)
     # labels and context are those that the simulator's own arrays have: so are the predictions
     direct = fit_perturbation(screen.data, base, options=SIMPLE, progress=False)
     control = control_cells(path, found, **KEYS)
@@ -361,7 +361,9 @@ def test_perturbed_cells_do_not_pass_for_control_cells(screen, base, control, tm
     adata = screen.to_adata()
     adata.obs["perturbation"] = adata.obs["perturbation"].astype(str).replace("control", "ctrl")
     adata.obs = adata.obs.rename(columns={"perturbation": "condition"})
-    found, _ = finetune_perturbation(adata, base, tmp_path / "run", layout="gears", options=SIMPLE, progress=False)
+    found, _ = finetune_perturbation(
+        adata, base, tmp_path / "run", layout="gears", options=SIMPLE, cells=False, progress=False
+    )
     name = found.perturbations[0].name
     with pytest.raises(SourceError, match=r"600 cells .* are no control cells by \.obs\['condition'\]"):
         sd.tl.perturb(adata, found, name)
@@ -375,7 +377,9 @@ def test_fine_tuning_that_fails_leaves_no_bundle(screen, base, tmp_path, monkeyp
     out = tmp_path / "run"
     for wrong in ({"control": "ctrl"}, {"context_key": "line"}, {"batch_key": "lane"}):
         with pytest.raises(ScdivaError):
-            finetune_perturbation(screen.to_adata(), base, out, **(KEYS | wrong), options=SIMPLE, progress=False)
+            finetune_perturbation(
+                screen.to_adata(), base, out, **(KEYS | wrong), options=SIMPLE, cells=False, progress=False
+            )
     assert not out.exists()
     monkeypatch.setattr(PerturbationModel, "from_pretrained", lambda *a, **k: pytest.fail("nothing was saved"))
 
@@ -384,6 +388,47 @@ def test_fine_tuning_that_fails_leaves_no_bundle(screen, base, tmp_path, monkeyp
 
     monkeypatch.setattr("safetensors.torch.save_file", fails)
     with pytest.raises(RuntimeError, match="disk full"):
-        finetune_perturbation(screen.to_adata(), base, out, **KEYS, options=SIMPLE, progress=False)
+        finetune_perturbation(screen.to_adata(), base, out, **KEYS, options=SIMPLE, cells=False, progress=False)
     assert not (out / "bundle").exists()
     assert not list(out.iterdir())
+
+
+def test_single_cells_from_fine_tuning_to_file(screen, base, tmp_path, monkeypatch):
+    from scdiva.tasks import fit_perturbed_cells
+
+    monkeypatch.setattr(
+        "scdiva.tasks.perturb.fit_cells",
+        lambda *arguments, **options: fit_perturbed_cells.fit_cells(*arguments, n_steps=3, **options),
+    )
+    details = {**base.details, "trained_heads": ["anchor", "profile", "identity", "value"]}
+    able = ScDiVa(base.network, base.config, base.vocabulary, base.statistics, details=details)
+    path = tmp_path / "screen.h5ad"
+    screen.to_adata().write_h5ad(path)
+    found, _ = finetune_perturbation(path, able, tmp_path / "run", **KEYS, options=SIMPLE, progress=False)
+    first, second = sorted(screen.pathway)[:2]
+    control = control_cells(path, found, **KEYS)
+    told = wanted_perturbations(found, [first], None)[0]
+    drawn = found.draw(told, control.cells, n_cells=200, seed=1)
+    assert (drawn.counts.data > 0).all()
+    assert drawn.counts.dtype == np.int32
+    # the mean of drawn cells is the one that is predicted
+    effect = found.predict(told, control.cells)
+    mean = np.asarray(found.reader.values(drawn).mean(axis=0)).ravel()
+    wanted = np.maximum(effect.control_mean + effect.change, 0)[found.reader.panel]
+    before = np.abs(wanted - effect.control_mean[found.reader.panel]).mean()
+    assert np.abs(mean - wanted).mean() < 0.6 * before
+    out = tmp_path / "effects.h5ad"
+    sd.tl.perturb_file(path, out, found, [first, second], cells_out=tmp_path / "cells.h5ad", n_cells=7, seed=3, **KEYS)
+    written = ad.read_h5ad(tmp_path / "cells.h5ad")
+    python = sd.tl.perturb_cells(path, found, [first, second], 7, seed=3, **KEYS)
+    assert (written.X != python.X).nnz == 0
+    assert written.obs["perturbation"].astype(str).tolist() == [first] * 7 + [second] * 7
+    assert set(written.obs["control_cell"]) <= set(control.names)
+    with pytest.raises(ConfigError, match="n_cells"):
+        sd.tl.perturb_file(path, tmp_path / "other.h5ad", found, first, n_cells=5, **KEYS)
+    assert not (tmp_path / "other.h5ad").exists()
+
+
+def test_a_model_of_means_draws_no_cells(model, screen):
+    with pytest.raises(UnsupportedError, match="means only"):
+        sd.tl.perturb_cells(screen.to_adata(), model, sorted(screen.pathway)[0], 5, **KEYS)
