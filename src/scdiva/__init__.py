@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from scdiva import datasets, errors, genes, pl, pp, tl
     from scdiva.diffusion.samplers import Sampler
     from scdiva.genes import GeneVocabulary
+    from scdiva.models.base import load_model
     from scdiva.models.scdiffusion import LatentSampler, ScDiffusion
     from scdiva.models.scdiva import ScDiVa
+    from scdiva.models.scdiva.perturbation_model import PerturbationModel
 
 __all__ = [
     "GeneVocabulary",
     "LatentSampler",
+    "PerturbationModel",
     "Sampler",
     "ScDiVa",
     "ScDiffusion",
@@ -29,6 +32,7 @@ __all__ = [
     "datasets",
     "errors",
     "genes",
+    "load_model",
     "pl",
     "pp",
     "tl",
@@ -38,9 +42,11 @@ _MODULES = {"datasets", "errors", "genes", "pl", "pp", "tl"}
 _OBJECTS = {
     "GeneVocabulary": "scdiva.genes",
     "LatentSampler": "scdiva.models.scdiffusion",
+    "PerturbationModel": "scdiva.models.scdiva.perturbation_model",
     "Sampler": "scdiva.diffusion.samplers",
     "ScDiVa": "scdiva.models.scdiva",
     "ScDiffusion": "scdiva.models.scdiffusion",
+    "load_model": "scdiva.models.base",
 }
 
 

@@ -141,7 +141,7 @@ def grn_heatmap(
     n_regulators
         How many, where they are not named.
     n_targets
-        Columns: those with the largest summed scores over the rows.
+        Columns: the best two targets of every row, then those with the largest summed scores over the rows.
     title
         Title of the picture.
 
@@ -162,7 +162,10 @@ def grn_heatmap(
     _require_genes(regulators, wide["source"], "edge")
     wide = wide[wide["source"].isin(list(regulators))]
     table = wide.pivot_table(index="source", columns="target", values="score")
-    chosen = table.sum().sort_values(ascending=False).index[:n_targets]
+    # the best two of every row, so that none is empty, and then those with the largest sums
+    first = dict.fromkeys(name for _, row in table.iterrows() for name in row.nlargest(2).index)
+    by_sum = table.sum().sort_values(ascending=False, kind="stable").index
+    chosen = list(dict.fromkeys([*first, *by_sum]))[: max(n_targets, len(first))]
     sign = wide.pivot_table(index="source", columns="target", values="sign") if "sign" in wide else None
     table = table[chosen]
     values = table.to_numpy() * (1 if sign is None else sign[chosen].to_numpy())
@@ -261,8 +264,8 @@ def _places(graph: Any, found: Sequence[Any], seed: int) -> dict[str, Any]:
     import networkx as nx
     import numpy as np
 
-    radius = [0.5 * np.sqrt(len(community.genes)) + 0.3 for community in found]
-    width = 1.35 * np.sqrt(sum((2 * r) ** 2 for r in radius))
+    radius = [0.65 * np.sqrt(len(community.genes)) + 0.2 for community in found]
+    width = 1.4 * np.sqrt(sum((2 * r) ** 2 for r in radius))
     place: dict[str, Any] = {}
     x = y = height = 0.0
     for community, r in zip(found, radius, strict=True):  # the largest first: rows of a page
@@ -272,11 +275,31 @@ def _places(graph: Any, found: Sequence[Any], seed: int) -> dict[str, Any]:
         part = nx.Graph()
         part.add_nodes_from(community.genes)
         part.add_edges_from(edge for edge in graph.edges if set(edge) <= set(community.genes))
-        local = nx.kamada_kawai_layout(part, weight=None) if len(part) < 60 else nx.spring_layout(part, seed=seed)
+        if len(part) == 2:  # above each other, so that names do not meet those of the next pair
+            local = dict(zip(community.genes, np.array([[0.0, 0.45], [0.0, -0.45]]), strict=True))
+        elif len(part) < 60:
+            local = nx.kamada_kawai_layout(part, weight=None)
+        else:
+            local = nx.spring_layout(part, seed=seed)
+        if len(part) > 5:
+            local = _spread(local)
         for gene, at in local.items():
             place[gene] = np.array([x + r, y - r]) + 0.85 * r * np.asarray(at)
         x, height = x + 2 * r, max(height, 2 * r)
     return place
+
+
+def _spread(place: dict[str, Any]) -> dict[str, Any]:
+    """Give points of a disc more equal room: angles stay, distances from the middle go half way to an even disc's."""
+    import numpy as np
+
+    points = np.array(list(place.values()))
+    points = points - points.mean(axis=0)
+    distance = np.linalg.norm(points, axis=1)
+    even = np.empty(len(points))
+    even[np.argsort(distance, kind="stable")] = np.sqrt((np.arange(len(points)) + 0.2) / len(points))
+    radius = (even + distance / max(float(distance.max()), 1e-9)) / 2
+    return dict(zip(place, points / np.maximum(distance, 1e-9)[:, None] * radius[:, None], strict=True))
 
 
 def _community_label(community: Any) -> str:

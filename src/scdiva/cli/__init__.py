@@ -20,6 +20,7 @@ from scdiva.cli import (
     evaluate_generation,
     evaluate_grn,
     evaluate_integration,
+    evaluate_perturbation,
     evaluate_protocol,
     generate,
     grn,
@@ -27,6 +28,7 @@ from scdiva.cli import (
     inspect,
     integrate,
     interpolate,
+    perturb,
     reconstruct,
     scdiffusion,
     train,
@@ -49,6 +51,7 @@ app.command("integrate")(integrate.integrate)
 app.command("impute")(impute.impute)
 app.command("reconstruct")(reconstruct.reconstruct)
 app.command("generate")(generate.generate)
+app.command("perturb")(perturb.perturb)
 app.command("interpolate")(interpolate.interpolate)
 app.command("augment")(augment.augment)
 app.command("grn")(grn.grn)
@@ -79,6 +82,7 @@ evaluate.command("annotation")(evaluate_annotation.evaluate_annotation)
 evaluate.command("generation")(evaluate_generation.evaluate_generation)
 evaluate.command("generation-protocol")(evaluate_protocol.evaluate_protocol)
 evaluate.command("integration")(evaluate_integration.evaluate_integration)
+evaluate.command("perturbation")(evaluate_perturbation.evaluate_perturbation)
 evaluate.command("embedding")(evaluate_integration.evaluate_embedding)
 evaluate.command("grn")(evaluate_grn.evaluate_grn)
 app.add_typer(evaluate, name="evaluate")

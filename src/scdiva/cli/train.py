@@ -1,14 +1,22 @@
-"""``scdiva pretrain --config FILE`` and ``scdiva finetune FILE --objective pretrain|conditional``."""
+"""``scdiva pretrain --config FILE`` and ``scdiva finetune FILE --objective pretrain|conditional|perturbation``."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from scdiva.cli.common import DEFAULT_MODEL, CoverageOption, FileArgument, LayerOption, ModelOption
+from scdiva.cli.common import (
+    DEFAULT_MODEL,
+    CoverageOption,
+    FileArgument,
+    LayerOption,
+    LibrarySizeOption,
+    ModelOption,
+)
 
 if TYPE_CHECKING:
     from scdiva.tasks.pretrain import TrainedModel
@@ -35,11 +43,12 @@ def finetune(
     file: FileArgument,
     out: Annotated[Path, typer.Option("--out", help="Folder of the run; the model goes to 'bundle' in it.")],
     objective: Annotated[
-        Literal["pretrain", "conditional"] | None,
+        Literal["pretrain", "conditional", "perturbation"] | None,
         typer.Option(
             "--objective",
             help="'pretrain': the embedding, without labels; 'conditional': the whole network, for generation under "
-            "--condition. Left out: by whether there is a --condition.",
+            "--condition; 'perturbation': what perturbations do, for scdiva perturb. Left out: by whether there is a "
+            "--condition or a --perturbation-key.",
         ),
     ] = None,
     model: ModelOption = DEFAULT_MODEL,
@@ -50,6 +59,26 @@ def finetune(
     condition: Annotated[
         list[str] | None,
         typer.Option("--condition", help=".obs column that the model can be conditioned on afterwards; repeatable."),
+    ] = None,
+    perturbation_key: Annotated[
+        str | None, typer.Option("--perturbation-key", help=".obs column that says what was done to each cell.")
+    ] = None,
+    control: Annotated[
+        list[str] | None, typer.Option("--control", help="Name of control cells in it (repeatable).")
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option("--layout", help="Keys of a known layout instead: gears, scperturb, replogle.")
+    ] = None,
+    kind: Annotated[
+        Literal["knockout", "activation", "treatment"], typer.Option("--kind", help="What --perturbation-key names.")
+    ] = "knockout",
+    context_key: Annotated[
+        str | None, typer.Option("--context-key", help=".obs column of cell types or lines to compare within.")
+    ] = None,
+    dose_key: Annotated[str | None, typer.Option("--dose-key", help=".obs column of doses.")] = None,
+    library_size_key: LibrarySizeOption = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", help="Leave out cells of this perturbation (repeatable).")
     ] = None,
     only_measured_genes: Annotated[
         bool, typer.Option("--only-measured-genes", help="Leave genes that FILE lacks out of the new model.")
@@ -68,6 +97,44 @@ def finetune(
     from scdiva.data.source import open_source
     from scdiva.errors import ConfigError
     from scdiva.models.scdiva import ScDiVa
+
+    if objective == "perturbation" or (objective is None and (perturbation_key or layout)):
+        if condition or only_measured_genes:
+            raise ConfigError(
+                "--objective perturbation with --condition or --only-measured-genes",
+                expected="--perturbation-key and --control",
+                fix="leave the others out",
+            )
+        _finetune_perturbation(
+            file,
+            out,
+            model,
+            overrides or [],
+            perturbation_key=perturbation_key,
+            control=control,
+            layout=layout,
+            context_key=context_key,
+            batch_key=batch_key,
+            kind=kind,
+            dose_key=dose_key,
+            library_size_key=library_size_key,
+            layer=layer,
+            exclude=exclude or (),
+            min_coverage=min_coverage,
+            name=name,
+            seed=seed,
+        )
+        return
+    given = {
+        "--perturbation-key": perturbation_key, "--control": control, "--layout": layout, "--context-key": context_key,
+        "--dose-key": dose_key, "--library-size-key": library_size_key, "--exclude": exclude,
+    }  # fmt: skip
+    if foreign := [option for option, value in given.items() if value]:
+        raise ConfigError(
+            f"{', '.join(foreign)} with --objective {objective or 'pretrain'}",
+            expected="options of that objective",
+            fix="use --objective perturbation, or leave them out",
+        )
     from scdiva.tasks.pretrain import (
         ADAPTATION_OBJECTIVE,
         CONDITIONING_OBJECTIVE,
@@ -112,6 +179,57 @@ def finetune(
             min_coverage=min_coverage,
         )
     )
+
+
+def _finetune_perturbation(file: Path, out: Path, model: str, overrides: list[str], **data: Any) -> None:
+    from dataclasses import fields
+
+    from scdiva.errors import ConfigError
+    from scdiva.models.scdiva import ScDiVa
+    from scdiva.tasks.fit_perturbation import BUNDLE, PerturbationTraining
+    from scdiva.tasks.perturb import finetune_perturbation
+
+    settings: dict[str, Any] = {}
+    names = [field.name for field in fields(PerturbationTraining)]
+    for entry in overrides:
+        key, _, value = entry.partition("=")
+        key = key.removeprefix("perturbation.")
+        if key not in names or not value:
+            raise ConfigError(f"--set {entry}", expected=f"KEY=VALUE of {', '.join(names)}", fix="correct it")
+        try:
+            settings[key] = _setting(value, getattr(PerturbationTraining(), key))
+        except ValueError as error:
+            raise ConfigError(f"--set {entry}", expected=str(error), fix="correct it") from error
+    fitted, loaded = finetune_perturbation(
+        file, ScDiVa.from_pretrained(model, device="cpu"), out, options=PerturbationTraining(**settings), **data
+    )
+    typer.echo(str(loaded.report))
+    record = fitted.details["fine_tuning"]
+    left_out = ", ".join(f"{n} {question}" for question, n in record["left_out"].items() if n) or "none"
+    typer.echo(f"{record['n_conditions']} conditions; left out once each, to weigh the simple predictors: {left_out}")
+    for metric, value in fitted.details["metrics"].items():
+        typer.echo(f"  {metric:<34}{value:>9.4f}")
+    if "network" in record:
+        typer.echo(f"network: {record['network']}")
+    elif record["gate"]:
+        typer.echo(f"network: share of its correction that is used {', '.join(f'{g:.2f}' for g in record['gate'])}")
+    typer.echo(f"{record['minutes']:.1f} minutes; model: {out / BUNDLE}")
+    first = fitted.perturbations[0].name
+    typer.echo(f"next:  scdiva perturb CONTROL_CELLS OUT.h5ad --model {out / BUNDLE} --perturbation {first}")
+
+
+def _setting(text: str, usual: Any) -> Any:
+    """Read a value of the type of the usual one, which is None for a number that is chosen by the data."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    if isinstance(usual, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    wanted = int if usual is None else type(usual)
+    if type(value) is not wanted:
+        raise ValueError({bool: "true or false", int: "a whole number", float: "a number"}[wanted])
+    return value
 
 
 def _tell(trained: TrainedModel) -> None:

@@ -23,7 +23,11 @@ from scdiva.types import CellCounts, LatentCodec
 if TYPE_CHECKING:
     import torch
 
-_CLASSES = {"scdiva": "scdiva.models.scdiva:ScDiVa", "scdiffusion": "scdiva.models.scdiffusion:ScDiffusion"}
+_CLASSES = {
+    "scdiva": "scdiva.models.scdiva:ScDiVa",
+    "scdiva-perturbation": "scdiva.models.scdiva.perturbation_model:PerturbationModel",
+    "scdiffusion": "scdiva.models.scdiffusion:ScDiffusion",
+}
 """Class of each family; families do not import each other, so they are looked up here when they are needed."""
 _CODECS = {"scdiva": "scdiva.models.scdiva.codec:ScDiVaCodec"}
 """What turns cells into z and z into profiles, of the families that can."""

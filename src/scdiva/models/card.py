@@ -15,6 +15,7 @@ def model_card(
     n_latent: int,
     *,
     use: Sequence[str] | None = None,
+    caution: Sequence[str] | None = None,
 ) -> str:
     """Write the card of a bundle.
 
@@ -30,6 +31,8 @@ def model_card(
         Dimensions of the embedding.
     use
         Lines of Python that show how the model is used; those of an embedding if left out.
+    caution
+        What the card ends with; by ``use`` if left out.
 
     Returns
     -------
@@ -96,7 +99,7 @@ def model_card(
         'sd.tl.embed(adata, model)  # raw counts in; .obsm["X_scdiva"] out',
     )
     lines += ["## Use", "", "```python", *shown, "```", ""]
-    lines += [*(_OF_EMBEDDINGS if use is None else _OF_GENERATED_CELLS), ""]
+    lines += [*(caution or (_OF_EMBEDDINGS if use is None else _OF_GENERATED_CELLS)), ""]
     return "\n".join(lines)
 
 

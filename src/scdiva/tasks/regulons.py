@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +12,7 @@ import numpy as np
 from scdiva.data.network import GeneNetwork
 from scdiva.data.output import replacing
 from scdiva.errors import ConfigError, GeneError, OutputError
+from scdiva.genes.gene_sets import hallmark_sets
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -253,13 +250,6 @@ def communities(
         else:
             named.append(Community(members[0], tuple(members), float("nan"), 0))
     return named
-
-
-@cache
-def hallmark_sets() -> Mapping[str, tuple[str, ...]]:
-    """Return the 50 hallmark gene sets (Liberzon et al., Cell Systems 2015; MSigDB 7.5.1): name to symbols."""
-    packed = resources.files("scdiva.genes").joinpath("tables", "hallmark_sets.json.gz").read_bytes()
-    return {name: tuple(genes) for name, genes in json.loads(gzip.decompress(packed)).items()}
 
 
 def one_group(edges: pd.DataFrame, group: str | None) -> pd.DataFrame:

@@ -10,6 +10,7 @@ from scdiva.tl.imputation import impute, impute_file
 from scdiva.tl.integration import integrate, integrate_file
 from scdiva.tl.interpolation import interpolate
 from scdiva.tl.networks import GrnOptions, grn, grn_file, regulons
+from scdiva.tl.perturbation import perturb, perturb_file
 from scdiva.tl.reconstruction import reconstruct, reconstruct_file
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "integrate",
     "integrate_file",
     "interpolate",
+    "perturb",
+    "perturb_file",
     "reconstruct",
     "reconstruct_file",
     "regulons",

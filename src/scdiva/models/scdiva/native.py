@@ -64,6 +64,8 @@ class TrunkStates:
         Final states of the hidden slots (sequence layout; else no rows).
     packing
         What was computed.
+    extra_BKD
+        Final states of further special tokens, such as those of perturbations.
     """
 
     lat_BD: torch.Tensor
@@ -71,6 +73,7 @@ class TrunkStates:
     token_ND: torch.Tensor
     slot_SD: torch.Tensor
     packing: Packing
+    extra_BKD: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,10 +191,17 @@ class Trunk(nn.Module):
         mean_log_depth: torch.Tensor,
         *,
         is_lat_read: bool = False,
+        extra_BKD: torch.Tensor | None = None,
     ) -> TrunkStates:
-        """Read the visible part of some cells; with ``is_lat_read`` the state of [LAT] alone is what it should be."""
+        """Read the visible part of some cells; with ``is_lat_read`` the state of [LAT] alone is what it should be.
+
+        ``extra_BKD`` are further special tokens, K per cell, such as those of perturbations.
+        """
         tokens_ND = self._gene_tokens(cells, gene_embedding)
         special = torch.stack(self._special_tokens(cells, z_BZ, mean_log_depth), dim=1)
+        if extra_BKD is not None:  # [LAT] stays first and [QUERY] last
+            special = torch.cat([special[:, :-1], extra_BKD.to(special.dtype), special[:, -1:]], dim=1)
+        n_extra = 0 if extra_BKD is None else extra_BKD.shape[1]
         n_cells, n_special, width = special.shape
         slots = self.slot.expand(cells.slot_position_S.numel(), width)
         device = tokens_ND.device
@@ -212,7 +222,8 @@ class Trunk(nn.Module):
         h_TD = torch.empty_like(h_TD).index_copy(0, order_T, h_TD)
         special_BSD, token_ND, slot_SD = h_TD.split([n_cells * n_special, tokens_ND.shape[0], slots.shape[0]])
         special_BSD = special_BSD.view(n_cells, n_special, width)
-        return TrunkStates(special_BSD[:, 0], special_BSD[:, -1], token_ND, slot_SD, packing)
+        extra = special_BSD[:, special_BSD.shape[1] - 1 - n_extra : -1]
+        return TrunkStates(special_BSD[:, 0], special_BSD[:, -1], token_ND, slot_SD, packing, extra)
 
     def _gene_tokens(self, cells: MaskedCells, gene_embedding: torch.Tensor) -> torch.Tensor:
         """Value *times* identity: the value scales and shifts the gene's embedding, ``(N, D)``."""
@@ -344,7 +355,9 @@ class NativeNetwork(nn.Module):
         z_BZ = self.anchor.encode(self.pooled(cells.anchor)).float()
         return torch.where(cells.is_null_B[:, None], self.null_latent, z_BZ)
 
-    def forward(self, cells: MaskedCells, z_BZ: torch.Tensor | None = None) -> DenoiserOutput:
+    def forward(
+        self, cells: MaskedCells, z_BZ: torch.Tensor | None = None, extra_BKD: torch.Tensor | None = None
+    ) -> DenoiserOutput:
         """Predict what is hidden.
 
         Parameters
@@ -353,6 +366,8 @@ class NativeNetwork(nn.Module):
             Cells at time t.
         z_BZ
             Latent to use in place of the cells' own (generation from a prior).
+        extra_BKD
+            Further special tokens for the trunk to read.
         """
         z_BZ = self.latent(cells) if z_BZ is None else z_BZ
         direction_BE = self.anchor.direction(z_BZ)
@@ -365,7 +380,7 @@ class NativeNetwork(nn.Module):
         gene_logit_BG = gene_logit_BG + self.deviation_scale * deviation_BG
         states = None
         if self.trunk is not None:
-            states = self.trunk(cells, z_BZ, self.anchor.gene_embedding, self.mean_log_depth)
+            states = self.trunk(cells, z_BZ, self.anchor.gene_embedding, self.mean_log_depth, extra_BKD=extra_BKD)
             if not self.trunk.is_sequence:
                 residual_BE = self.trunk.query_direction(states.query_BD)
                 gene_logit_BG = gene_logit_BG + F.linear(residual_BE, self.anchor.gene_embedding)

@@ -1,0 +1,389 @@
+"""``perturb``: what a perturbation does to control cells, as mean changes and as single cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from scdiva.data.conditions import column_text, is_missing
+from scdiva.data.perturbation_sets import load_perturbed
+from scdiva.data.perturbations import Kind, Perturbation, parse_perturbation
+from scdiva.data.reader import open_counts
+from scdiva.data.source import open_source
+from scdiva.errors import ConfigError, SourceError
+from scdiva.models.scdiva.perturbation_model import PerturbationModel, PredictedChange
+from scdiva.tasks.fit_perturbation import BUNDLE, PerturbationTraining, fit_perturbation
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from scdiva.data.perturbation_sets import LoadedPerturbations
+    from scdiva.data.source import DataLike
+    from scdiva.models.scdiva.model import ScDiVa
+    from scdiva.types import CellCounts
+
+N_TOP = 20
+"""Genes that are named of each prediction."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ControlCells:
+    """Control cells that predictions start from.
+
+    Parameters
+    ----------
+    cells
+        Raw counts in the order of the model's vocabulary.
+    context
+        ``(n_cells,)`` name of each cell's context.
+    names
+        ``(n_cells,)`` names of the cells.
+    n_dropped
+        Cells left out: perturbed ones, and such without a context or a UMI.
+    source
+        Where they come from.
+    """
+
+    cells: CellCounts
+    context: NDArray[np.str_]
+    names: NDArray[np.str_]
+    n_dropped: int
+    source: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Perturbed:
+    """Predicted effects.
+
+    Parameters
+    ----------
+    adata
+        One row per perturbation and context, one column per gene that is predicted; see :func:`perturb`.
+    predictions
+        The same by (perturbation, context), over the whole vocabulary.
+    """
+
+    adata: AnnData
+    predictions: dict[tuple[str, str], PredictedChange]
+
+
+def finetune_perturbation(
+    data: DataLike,
+    model: ScDiVa,
+    out_dir: str | Path,
+    *,
+    perturbation_key: str | None = None,
+    control: Sequence[str] | str | None = None,
+    layout: str | None = None,
+    context_key: str | None = None,
+    batch_key: str | None = None,
+    kind: Kind = "knockout",
+    dose_key: str | None = None,
+    library_size_key: str | None = None,
+    layer: str | None = None,
+    exclude: Sequence[str] = (),
+    min_coverage: float = 0.5,
+    options: PerturbationTraining | None = None,
+    name: str = "",
+    seed: int = 0,
+    progress: bool = True,
+) -> tuple[PerturbationModel, LoadedPerturbations]:
+    """Fine-tune a model on the perturbed cells of a file, and save it; the same call again resumes.
+
+    Parameters
+    ----------
+    data
+        Raw counts of perturbed and control cells.
+    model
+        A native model with a trunk; it is not changed.
+    out_dir
+        Folder of the run; the model goes to ``bundle`` in it.
+    perturbation_key, control, layout, context_key, batch_key, kind, dose_key, library_size_key, layer, exclude
+        See :func:`scdiva.data.perturbation_sets.load_perturbed`.
+    min_coverage
+        Smallest share of UMIs that the model's genes must cover.
+    options
+        How it is trained.
+    name
+        Name of the new model.
+    seed
+        Seed.
+    progress
+        Show progress.
+
+    Returns
+    -------
+    model, loaded
+        The fine-tuned model, saved; and what was read.
+
+    Raises
+    ------
+    OutputError
+        The bundle exists.
+    SourceError, KeyNotFoundError, ScaleError, GeneError, ConfigError, UnsupportedError
+        The data or the model cannot be used.
+    """
+    from dataclasses import asdict
+
+    from scdiva.errors import OutputError
+
+    out = Path(out_dir)
+    if (out / BUNDLE).exists():
+        raise OutputError(f"{out / BUNDLE} exists", expected="a new folder", fix="name another one with --out")
+    loaded = load_perturbed(
+        data,
+        model.vocabulary,
+        perturbation_key=perturbation_key,
+        control=[control] if isinstance(control, str) else control,
+        layout=layout,
+        context_key=context_key,
+        batch_key=batch_key,
+        kind=kind,
+        dose_key=dose_key,
+        library_size_key=library_size_key,
+        layer=layer,
+        exclude=exclude,
+        min_coverage=min_coverage,
+    )
+    options = options or PerturbationTraining()
+    source = open_source(data)
+    fitted = fit_perturbation(
+        loaded.data,
+        model,
+        options=options,
+        out_dir=out,
+        name=name,
+        details={
+            "description": (
+                f"Fine-tuned from {model.name} to predict effects of perturbations, on {source.name}: "
+                f"{loaded.data.n_cells:,} cells. Predictions are means of cells, not of a cell; unseen perturbations "
+                "and contexts are extrapolated. How well that went for training conditions that were left out is "
+                "below; a mean or additive baseline can be as good (docs/results/perturbation.md)."
+            ),
+            "base_model": {"name": model.name, "hash": model.bundle_hash},
+            "kind": kind,
+            "control": list(control) if isinstance(control, (list, tuple)) else control,
+            "options": asdict(options),
+        },
+        seed=seed,
+        progress=progress,
+    )
+    fitted.save_pretrained(out / BUNDLE)
+    return PerturbationModel.from_pretrained(out / BUNDLE, device=str(model.device)), loaded
+
+
+def control_cells(
+    data: DataLike,
+    model: PerturbationModel,
+    *,
+    context_key: str | None = None,
+    perturbation_key: str | None = None,
+    control: Sequence[str] | str | None = None,
+    library_size_key: str | None = None,
+    layer: str | None = None,
+    min_coverage: float = 0.5,
+) -> ControlCells:
+    """Read the control cells of a file or AnnData.
+
+    Parameters
+    ----------
+    data
+        Raw counts. All cells are control cells, unless ``perturbation_key`` says which are.
+    model
+        Whose genes.
+    context_key
+        Column of ``.obs`` with the context of every cell. Left out: all cells are one context, the model's only one if
+        it has one, else a new one.
+    perturbation_key, control
+        Column of ``.obs`` and the name or names of control in it: other cells are left out.
+    library_size_key
+        Column of ``.obs`` with each cell's UMIs over all genes, for gene panels.
+    layer
+        Where the counts are; found if left out.
+    min_coverage
+        Smallest share of UMIs that the model's genes must cover.
+
+    Raises
+    ------
+    SourceError
+        There is no control cell, or most genes of the model's panel are not measured.
+    ConfigError
+        ``control`` without ``perturbation_key``.
+    KeyNotFoundError, ScaleError, GeneError
+        The data cannot be used.
+    """
+    if control is not None and perturbation_key is None:
+        raise ConfigError(
+            f"control = {control!r}, and no column that has it",
+            expected="perturbation_key, the column of .obs that tells control cells from others",
+            fix="name it, or leave control out: all cells are control cells then",
+        )
+    source = open_source(data)
+    is_kept = np.ones(source.n_cells, dtype=bool)
+    if perturbation_key is not None:
+        wanted = [control] if isinstance(control, str) else list(control or ["control"])
+        label = column_text(source.column(perturbation_key))
+        is_kept &= np.isin(label, wanted)
+        if not is_kept.any():
+            found = ", ".join(pd.Series(label).value_counts().index[:5])
+            raise SourceError(
+                f"no cell of {source.name} has {' or '.join(wanted)} in .obs[{perturbation_key!r}]",
+                expected=f"its control cells; the most frequent labels are {found}",
+                fix="name them with control",
+            )
+    known = [context for context in model.contexts if context]
+    context = np.full(source.n_cells, known[0] if len(known) == 1 else "", dtype=object)
+    if context_key is not None:
+        context = column_text(source.column(context_key)).astype(object)
+        is_kept &= np.array([not is_missing(text) for text in context.tolist()], dtype=bool)
+    rows = np.flatnonzero(is_kept)
+    if not rows.size:
+        raise SourceError(f"{source.name} has no control cell", expected="at least one", fix="check the file")
+    reader = open_counts(
+        source, model.vocabulary, layer=layer, library_size_key=library_size_key, min_coverage=min_coverage
+    )
+    cells = reader.read(rows)
+    if (cells.library_size == 0).any():  # nothing was measured in them; as in training, they are left out
+        is_read = cells.library_size > 0
+        cells, rows = cells.take(np.flatnonzero(is_read)), rows[is_read]
+    if not rows.size:
+        raise SourceError(f"no control cell of {source.name} has a UMI", expected="at least one", fix="check the file")
+    is_measured = np.asarray(cells.is_measured.all(axis=0))
+    lacking = int((~is_measured[model.reader.panel]).sum())
+    if lacking > 0.5 * model.reader.panel.size:
+        raise SourceError(
+            f"{source.name} lacks {lacking:,} of the {model.reader.panel.size:,} genes that the model predicts",
+            expected="at least half of them",
+            fix="predict from control cells of the training data, or fine-tune on genes that both measure",
+        )
+    return ControlCells(
+        cells,
+        context[rows].astype(str),
+        np.asarray(source.obs.index, dtype=np.str_)[rows],
+        int(source.n_cells - rows.size),
+        source.name,
+    )
+
+
+def wanted_perturbations(model: PerturbationModel, texts: Sequence[str], kind: Kind | None) -> list[Perturbation]:
+    """Read what is asked for: ``"STAT1"``, ``"A+B"``, ``"drug@2.5"``; what is asked for twice is there once.
+
+    Parameters
+    ----------
+    model
+        What was seen in training says what a name means.
+    texts
+        Names.
+    kind
+        What is done; that of training if left out.
+
+    Raises
+    ------
+    ConfigError
+        The kind is left out, and training had several.
+    UnsupportedError
+        Something cannot be answered; says why.
+    """
+    kinds = sorted({p.kind for p in model.perturbations})
+    if kind is None and len(kinds) > 1:
+        raise ConfigError(
+            f"training had {' and '.join(kinds)}", expected="which of these is asked for", fix="give kind"
+        )
+    if not texts:
+        raise ConfigError("no perturbation", expected="at least one", fix="for example STAT1, or A+B")
+    known = {target: target for p in model.perturbations for target in p.targets}
+    found = []
+    for text in texts:
+        perturbation = parse_perturbation(
+            text, control=("control",), kind=kind or kinds[0], vocabulary=model.vocabulary, names=known
+        )
+        model.check_answers(perturbation)
+        found.append(perturbation)
+    return list(dict.fromkeys(found))
+
+
+def perturb(
+    control: ControlCells, model: PerturbationModel, perturbations: Sequence[Perturbation], *, n_top: int = N_TOP
+) -> Perturbed:
+    """Predict the mean changes that perturbations make, in each context of the control cells.
+
+    Parameters
+    ----------
+    control
+        Cells to predict from.
+    model
+        A fine-tuned model.
+    perturbations
+        What is done.
+    n_top
+        Most changed genes that are named in ``.obs["top_genes"]``; targets are left out.
+
+    Returns
+    -------
+    Perturbed
+        ``adata``: a row per perturbation and context; ``X`` the change of log1p(CP10K); layers ``control_mean``,
+        ``predicted_mean`` (at least 0; both NaN for genes that the control cells were not measured in),
+        ``simple_predictors`` (the change without the network), ``expected_error``, ``spread_over_cells``,
+        ``spread_over_seeds``; ``.obs``: perturbation, context, question (what had to be extrapolated),
+        n_control_cells, top_genes.
+    """
+    import anndata as ad
+
+    rows, names, predictions = [], [], {}
+    panel = model.reader.panel
+    layers: dict[str, list[NDArray[np.float32]]] = {}
+    changes = []
+    symbols = model.vocabulary.symbol[panel]
+    for perturbation in perturbations:
+        for context in np.unique(control.context).tolist():
+            own = np.flatnonzero(control.context == context)
+            found = model.predict(perturbation, control.cells.take(own), context)
+            predictions[perturbation.name, context] = found
+            change = found.change[panel]
+            is_other = ~np.isin(symbols, perturbation.targets)
+            order = np.argsort(-np.abs(np.where(is_other, change, 0.0)), kind="stable")[:n_top]
+            rows.append(
+                {
+                    "perturbation": perturbation.name,
+                    "context": context,
+                    "question": found.question,
+                    "n_control_cells": own.size,
+                    "top_genes": ", ".join(f"{symbols[i]} {change[i]:+.2f}" for i in order),
+                }
+            )
+            names.append(f"{perturbation.name} | {context}" if context else perturbation.name)
+            changes.append(change)
+            for layer, values in {
+                "control_mean": found.control_mean,
+                "predicted_mean": np.maximum(found.control_mean + found.change, 0.0),
+                "simple_predictors": found.base,
+                "expected_error": found.error,
+                "spread_over_cells": found.spread_cells,
+                "spread_over_seeds": found.spread_seeds,
+            }.items():
+                layers.setdefault(layer, []).append(values[panel])
+    var = pd.DataFrame({"symbol": symbols}, index=pd.Index(model.vocabulary.ensembl_id[panel], name="ensembl_id"))
+    adata = ad.AnnData(np.stack(changes), obs=pd.DataFrame(rows, index=names), var=var)
+    for layer, parts in layers.items():
+        adata.layers[layer] = np.stack(parts)
+    adata.uns["scdiva"] = {"perturb": record_of(model, control)}
+    return Perturbed(adata, predictions)
+
+
+def record_of(model: PerturbationModel, control: ControlCells) -> dict[str, Any]:
+    """Return what names a prediction: the model, the control cells, and how well it did on what was left out."""
+    return {
+        **model.provenance,
+        "control_cells": control.source,
+        "n_control_cells": int(control.cells.n_cells),
+        "n_left_out_cells": control.n_dropped,
+        "n_genes_not_measured": int((~np.asarray(control.cells.is_measured.all(axis=0))[model.reader.panel]).sum()),
+        "unit": "change of mean log1p(CP10K)",
+        **{key: float(value) for key, value in model.details.get("metrics", {}).items()},
+    }
