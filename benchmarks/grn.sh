@@ -25,7 +25,7 @@ evaluate() {
 
 PBMC="$DATA/frozen_pbmc_donorA.h5ad $DATA/pbmc_10study_3k.h5ad"
 
-# methods were chosen on the first; the others had no part in it, and were in no training corpus
+# methods were chosen on the first; the others confirm, and were in no training corpus
 # shellcheck disable=SC2086 # two files
 evaluate pbmc $PBMC
 for set in breast_immune_spectra_1k pbmc4k_soupx_1.1k pancreas_baron_h1; do

@@ -17,8 +17,8 @@ import numpy as np
 SETS = {
     "pbmc": "two blood sets, 5,878 cells (methods chosen here)",
     "breast_immune_spectra_1k": "immune cells of a breast tumour, 1,000 cells",
-    "pbmc4k_soupx_1.1k": "blood of another donor, 1,151 cells",
-    "pancreas_baron_h1": "pancreas, 1,937 cells",
+    "pbmc4k_soupx_1.1k": "blood, 1,151 cells (the donor of one batch of the first set)",
+    "pancreas_baron_h1": "pancreas, another tissue, 1,937 cells",
 }
 TRUTHS = {
     "grn_union_signed": "union",
