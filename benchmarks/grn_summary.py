@@ -154,7 +154,7 @@ def main() -> None:
         lines += ["## The other methods of scdiva grn, on the breast set", "", *table(trunk, TRUNK)]
     regressions = read(folder, "breast_immune_spectra_1k_regressions")
     if regressions is not None:
-        lines += ["## Regressions, on 200 targets of the breast set", ""]
+        lines += ["## Regressions, on the breast set", ""]
         lines += table(regressions, REGRESSIONS, is_sample=True)
     print("\n".join(lines).rstrip())
 
