@@ -152,10 +152,11 @@ def main() -> None:
     trunk = read(folder, *(f"breast_immune_spectra_1k_{each}" for each in ("attention", "knockout")))
     if trunk is not None:
         lines += ["## The other methods of scdiva grn, on the breast set", "", *table(trunk, TRUNK)]
-    regressions = read(folder, "breast_immune_spectra_1k_regressions")
-    if regressions is not None:
-        lines += ["## Regressions, on the breast set", ""]
-        lines += table(regressions, REGRESSIONS, is_sample=True)
+    for name, size in (("regressions", "200"), ("boosting", "all")):
+        regressions = read(folder, f"breast_immune_spectra_1k_{name}")
+        if regressions is not None:
+            lines += [f"## Regressions, on {size} targets of the breast set", ""]
+            lines += table(regressions, REGRESSIONS, is_sample=True)
     print("\n".join(lines).rstrip())
 
 
