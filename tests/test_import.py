@@ -29,6 +29,7 @@ def loaded_after(code: str) -> set[str]:
         "import scdiva; dir(scdiva); scdiva.__version__",
         "sys.argv = ['scdiva', '--help']\nfrom scdiva.cli import main\ntry: main()\nexcept SystemExit: pass",
         "sys.argv = ['scdiva', 'embed', '--help']\nfrom scdiva.cli import main\ntry: main()\nexcept SystemExit: pass",
+        "sys.argv = ['scdiva', 'perturb', '--help']\nfrom scdiva.cli import main\ntry: main()\nexcept SystemExit: pass",
         "sys.argv = ['scdiva', '--version']\nfrom scdiva.cli import main\ntry: main()\nexcept SystemExit: pass",
         "import scdiva.config, scdiva.errors",
     ],
@@ -50,6 +51,14 @@ def test_every_public_name_is_there():
             assert callable(getattr(module, name))
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = scdiva.no_such_name
+
+
+@pytest.mark.parametrize("name", ["load_model", "PerturbationModel"])
+def test_models_of_every_family_are_named_at_the_top_and_loaded_when_used(name):
+    assert name in scdiva.__all__
+    light = f"import scdiva; dir(scdiva); assert '{name}' not in vars(scdiva)"
+    assert loaded_after(light) == set()
+    assert getattr(scdiva, name).__name__ == name
 
 
 def calls(tree: ast.AST) -> list[tuple[str, set[str | None], int]]:

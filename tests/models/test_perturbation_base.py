@@ -352,6 +352,41 @@ def test_a_planted_interaction_is_found():
     assert missed["additive with interactions"] < 0.1 * missed["additive"]
 
 
+def test_interactions_are_ridge_regressions_on_products_of_different_parts():
+    singles, pairs = pairs_with(0.5, noise=0.3)
+    known = predictor([*singles, *pairs])
+    alone = {e.perturbation.targets[0]: e.change for e in singles}
+    axes = np.linalg.svd(np.stack(list(alone.values())), full_matrices=False)[2][:4]
+
+    def products(parts):
+        scores = [axes @ part for part in parts]
+        return [
+            sum(a[k] * b[m] for i, a in enumerate(scores) for j, b in enumerate(scores) if i != j)
+            for k in range(4)
+            for m in range(k, 4)
+        ]
+
+    parts_of = [[alone[target] for target in e.perturbation.targets] for e in pairs]
+    x = np.array([products(of) for of in parts_of])
+    y = np.stack([e.change - sum(of) for e, of in zip(pairs, parts_of, strict=True)])
+    scale = np.sqrt((x**2).mean(axis=0))
+    x = x / scale
+    unit = (x**2).sum() / len(x)
+
+    def fitted(rows, penalty, query):
+        gram = x[rows].T @ x[rows] + penalty * unit * np.eye(10)
+        return query @ np.linalg.solve(gram, x[rows].T @ y[rows])
+
+    def missed(penalty):
+        rest = [np.delete(np.arange(len(x)), i) for i in range(len(x))]
+        return sum(((y[i] - fitted(rest[i], penalty, x[i])) ** 2).sum() for i in range(len(x)))
+
+    best = min((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), key=missed)
+    for parts in ([alone["g0"], alone["g1"]], [alone["g0"], alone["g1"], alone["g2"]]):
+        expected = fitted(np.arange(len(x)), best, np.array(products(parts)) / scale)
+        assert np.allclose(known._interaction(parts, "a"), expected)
+
+
 def test_interactions_are_learned_from_pairs_whose_parts_were_measured():
     singles, pairs = pairs_with(0.5)
     of_7 = [p for p in pairs if "g7" in p.perturbation.targets]

@@ -91,6 +91,24 @@ def test_every_gene_of_the_panel_is_asked_for_and_each_cell_is_its_own(model):
             assert torch.allclose(network(alone)[0], found[row], atol=1e-5)
 
 
+def test_states_are_z_lat_and_the_mean_of_the_perturbed_places(model):
+    network = shaken(network_of(model)).eval()
+    native, width = network.network, network.network.trunk.transformer.width
+    gene, other = sorted(SYMBOLS[4:6])
+    inputs = inputs_of(network, [3, 4, 5], [Perturbation((gene,)), Perturbation((gene, other)), Perturbation(())])
+    with torch.no_grad():
+        found = network.states(inputs.cells, inputs.codes)
+        tokens = network.tokens(inputs.codes, native.trunk.gene, native.anchor.gene_embedding)
+        z = native.latent(inputs.cells)
+        said = native.trunk(inputs.cells, z, native.anchor.gene_embedding, native.mean_log_depth, extra_BKD=tokens)
+    extra = said.extra_BKD
+    places = torch.stack([extra[0, 0], extra[1].mean(dim=0), extra[2, 0]])
+    joined = torch.cat([z, said.lat_BD, places], dim=1)
+    assert joined.shape[1] == 6 + 2 * width
+    expected = (joined - joined.mean(dim=1, keepdim=True)) / joined.std(dim=1, keepdim=True, unbiased=False)
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
 def test_perturbation_and_cell_matter(model):
     network = shaken(network_of(model)).eval()
     asked = [

@@ -17,7 +17,8 @@ from scdiva.data.perturbation_effects import effects_of
 from scdiva.data.perturbations import Perturbation, PerturbedCells
 from scdiva.errors import BundleError, ConfigError, OutputError, SourceError, TrainingError, UnsupportedError
 from scdiva.models.base import load_model
-from scdiva.models.scdiva.perturbation_base import MeasuredEffect
+from scdiva.models.scdiva import ScDiVa
+from scdiva.models.scdiva.perturbation_base import MeasuredEffect, fit_weights
 from scdiva.models.scdiva.perturbation_model import PerturbationModel
 from scdiva.models.scdiva.perturbation_network import gene_weights
 from scdiva.tasks import fit_perturbation as task
@@ -217,6 +218,40 @@ def test_the_record_says_what_was_trained(with_network, screen):
     assert ("network" in record) == (own["gate"] == 0.0)
 
 
+def test_several_networks_have_seeds_of_their_own(screen, model, with_network, tmp_path):
+    options = replace(QUICK, n_networks=2)
+    found = fit_perturbation(screen.data, model, options=options, out_dir=tmp_path / "run", progress=False)
+    first, second = (network.trained() for network in found.networks)
+    alone = with_network[0].networks[0].trained()
+    assert all(torch.equal(first[name], alone[name]) for name in first)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    assert len(found.gate) == len(found.details["fine_tuning"]["gate"]) == 2
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["network-0", "network-1"]
+    both = with_gates(found, list(found.networks), [1.0, 1.0])
+    both.save_pretrained(tmp_path / "bundle")
+    same_predictions(both, load_model(tmp_path / "bundle", device="cpu"), screen)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(screen, model, with_network, tmp_path, monkeypatch):
+    import scdiva.training as training
+
+    whole = training.fit
+
+    def stopped(*args, config, **kwargs):
+        half = config.model_copy(update={"training": config.training.model_copy(update={"max_steps": 2})})
+        whole(*args, config=half, **kwargs)
+        raise KeyboardInterrupt
+
+    options = replace(QUICK, max_steps=4)
+    monkeypatch.setattr(training, "fit", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        fit_perturbation(screen.data, model, options=options, out_dir=tmp_path, progress=False)
+    monkeypatch.setattr(training, "fit", whole)
+    found = fit_perturbation(screen.data, model, options=options, out_dir=tmp_path, progress=False)
+    assert found.details["fine_tuning"]["network_0"]["n_steps"] == 4
+    assert len(found.networks) == 1
+
+
 def with_gates(found, networks, gates) -> PerturbationModel:
     return PerturbationModel(
         found.base, found.predictor, found.reader, found.coder, networks, gates, found.expected_error,
@@ -240,6 +275,19 @@ def test_a_network_that_is_not_borne_out_is_not_used(with_network, screen):
     assert np.allclose(mixed.spread_seeds, np.abs(added) / 2, atol=1e-5)
     assert not whole.spread_seeds.any()
     assert (whole.spread_cells > 0).any()
+
+
+def test_what_was_measured_or_never_tried_is_not_corrected(with_network, screen):
+    network = copy.deepcopy(with_network[0].networks[0])
+    with torch.no_grad():
+        network.regressor.out.bias += 0.25
+    model = with_gates(with_network[0], [network], [1.0])
+    name, control = screen.data.perturbations[1].name, control_of(screen.data)
+    for context, question in (("cells", "seen"), ("new", "context")):
+        found = model.predict(Perturbation((name,)), control, context)
+        assert found.question == question
+        assert np.array_equal(found.change, found.base)
+        assert np.isnan(found.error).all()
 
 
 def test_too_few_conditions_train_no_network_and_the_record_says_so():
@@ -312,6 +360,22 @@ def test_a_drug_that_is_left_out_altogether_teaches_the_network_nothing(monkeypa
     monkeypatch.setattr(task, "MIN_CONDITIONS", 3)
     found = fit_perturbation(data, native_model(vocabulary(), data.cells), options=QUICK, progress=False)
     assert "not trained: 0 left-out conditions" in found.details["fine_tuning"]["network"]
+
+
+def test_what_is_said_of_left_out_conditions_is_weighed_without_them(screen, model):
+    """A predictor that happens to know one condition's answer must not be believed for it."""
+    predictor = fit_perturbation(screen.data, model, options=SIMPLE, progress=False).predictor
+    problems = predictor.left_out("single")
+    own, units = problems[0][2], sorted(effect.perturbation.name for _, _, effect in problems)
+    fold = {name: i % 5 for i, name in enumerate(units)}
+    rest = [(said, c) for said, c, e in problems if fold[e.perturbation.name] != fold[own.perturbation.name]]
+    assert 0 < len(rest) < len(problems)
+    known = {**problems[0][0], "mean": own.change}
+    expected = fit_weights(rest, tuple(known)).combine(known)
+    predictor.left_out = lambda question: [(known, own.change, own), *problems[1:]] if question == "single" else []
+    (item,) = [i for i in task._left_out(predictor) if i.effect is own]
+    assert np.allclose(item.base, expected)
+    assert not np.allclose(item.base, predictor.weights["single"].combine(known))
 
 
 def test_gates_are_the_best_factor_on_held_out_conditions(monkeypatch):
@@ -536,13 +600,11 @@ def test_a_damaged_bundle_is_refused(fitted, with_network, tmp_path):
             PerturbationModel.from_pretrained(path, device="cpu")
     rewritten("model.safetensors", lambda file: save_file(weights, file))
     assert PerturbationModel.from_pretrained(path, device="cpu").gate == with_network[0].gate
-    (path / "codec" / "README.md").write_text("changed")
-    with pytest.raises(BundleError):
-        PerturbationModel.from_pretrained(path, device="cpu")
-    from scdiva.models.scdiva import ScDiVa
-
     with pytest.raises(BundleError, match="family"):
         ScDiVa.from_pretrained(path, device="cpu")
+    (path / "codec" / "README.md").write_text("changed")
+    with pytest.raises(BundleError, match="codec"):
+        PerturbationModel.from_pretrained(path, device="cpu")
 
 
 def test_nothing_half_written_stays_when_saving_fails(fitted, tmp_path, monkeypatch):

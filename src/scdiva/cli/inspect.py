@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+_N_LISTED = 20
+
 
 def inspect(
     path: Annotated[str | None, typer.Argument(metavar="PATH", help="Bundle folder or Hugging Face Hub id.")] = None,
@@ -50,8 +52,10 @@ def inspect(
             for name, item in value.items():
                 if isinstance(item, list) and item and isinstance(item[0], dict):
                     typer.echo(f"    {name}")
-                    for entry in item:
+                    for entry in item[:_N_LISTED]:
                         typer.echo("      " + ", ".join(f"{k} {v}" for k, v in entry.items()))
+                    if len(item) > _N_LISTED:
+                        typer.echo(f"      and {len(item) - _N_LISTED:,} more: --json shows all")
                 else:
                     typer.echo(f"    {name:<28}{item}")
         else:

@@ -31,15 +31,23 @@ def perturb(
         str | None, typer.Option("--perturbation-key", help=".obs column that tells control cells from others.")
     ] = None,
     control: Annotated[
-        list[str] | None, typer.Option("--control", help="Name of control cells in it (repeatable).")
+        list[str] | None,
+        typer.Option("--control", help="Name of control cells in it (repeatable); those of training if left out."),
     ] = None,
     library_size_key: LibrarySizeOption = None,
     layer: LayerOption = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Most changed genes that are named.")] = 20,
+    cells: Annotated[
+        Path | None, typer.Option("--cells", help=".h5ad for single perturbed cells (integer counts).")
+    ] = None,
+    n_cells: Annotated[
+        int, typer.Option("-n", "--n-cells", min=0, help="Single cells of each perturbation and context.")
+    ] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the single cells.")] = 0,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Predict what perturbations do to control cells: mean changes, with expected errors."""
+    """Predict what perturbations do to control cells: mean changes with expected errors, and single cells."""
     from scdiva.models.scdiva.perturbation_model import PerturbationModel
     from scdiva.tl.perturbation import perturb_file
 
@@ -55,8 +63,13 @@ def perturb(
         library_size_key=library_size_key,
         layer=layer,
         n_top=top,
+        cells_out=cells,
+        n_cells=n_cells,
+        seed=seed,
         overwrite=overwrite,
     )
     for name, row in found.obs.iterrows():
         typer.echo(f"{name} ({row['question']}, from {row['n_control_cells']} cells): {row['top_genes']}")
     typer.echo(str(out))
+    if cells is not None:
+        typer.echo(str(cells))

@@ -54,7 +54,12 @@ def finetune(
     model: ModelOption = DEFAULT_MODEL,
     layer: LayerOption = None,
     batch_key: Annotated[
-        str | None, typer.Option("--batch-key", help=".obs column with donors or batches; whole ones are held out.")
+        str | None,
+        typer.Option(
+            "--batch-key",
+            help=".obs column with donors or batches; whole ones are held out, and perturbed cells are compared with "
+            "control cells of their own.",
+        ),
     ] = None,
     condition: Annotated[
         list[str] | None,
@@ -80,6 +85,9 @@ def finetune(
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", help="Leave out cells of this perturbation (repeatable).")
     ] = None,
+    cells: Annotated[
+        bool, typer.Option("--cells/--no-cells", help="Of perturbations: also learn to draw single cells (minutes).")
+    ] = True,
     only_measured_genes: Annotated[
         bool, typer.Option("--only-measured-genes", help="Leave genes that FILE lacks out of the new model.")
     ] = False,
@@ -92,6 +100,9 @@ def finetune(
 
     Without --condition nothing is learned from labels, and anchor and profile decoder are trained. With it the whole
     network is, and the labels of the columns become conditions of the new model.
+
+    With --perturbation-key or --layout it learns what perturbations do, for scdiva perturb; --set then takes
+    network=false, max_steps=400 and so on.
     """
     from scdiva.config import apply_overrides
     from scdiva.data.source import open_source
@@ -120,6 +131,7 @@ def finetune(
             library_size_key=library_size_key,
             layer=layer,
             exclude=exclude or (),
+            cells=cells,
             min_coverage=min_coverage,
             name=name,
             seed=seed,
@@ -207,8 +219,10 @@ def _finetune_perturbation(file: Path, out: Path, model: str, overrides: list[st
     record = fitted.details["fine_tuning"]
     left_out = ", ".join(f"{n} {question}" for question, n in record["left_out"].items() if n) or "none"
     typer.echo(f"{record['n_conditions']} conditions; left out once each, to weigh the simple predictors: {left_out}")
-    for metric, value in fitted.details["metrics"].items():
-        typer.echo(f"  {metric:<34}{value:>9.4f}")
+    metrics = fitted.details["metrics"]
+    for metric, value in metrics.items():
+        if not metric.endswith("_floor"):
+            typer.echo(f"  {metric:<38}{value:>9.4f}   floor {metrics[f'{metric}_floor']:.4f}")
     if "network" in record:
         typer.echo(f"network: {record['network']}")
     elif record["gate"]:

@@ -7,7 +7,8 @@
 ``gene_statistics.npz`` population statistics of the training corpus (no pickle)
 ``labels.json``        names of conditions and classes
 ``population.npz``     sizes of the training cells and a prior over z, for generation (not in every bundle)
-``codec/``             a whole bundle: the model whose z a latent diffusion draws (not in every bundle)
+``codec/``             a whole bundle: the model whose z a latent diffusion draws, or that a model of perturbations
+                       stands on (not in every bundle)
 ``README.md``          model card, generated from ``config.json``
 ``manifest.json``      sha256 of each file above
 ====================== ====================================================================================

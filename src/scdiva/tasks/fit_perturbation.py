@@ -35,6 +35,7 @@ from scdiva.models.scdiva.perturbation_base import (
     MeasuredEffect,
     Question,
     Vector,
+    fit_weights,
 )
 from scdiva.models.scdiva.perturbation_model import (
     ExpectedError,
@@ -64,6 +65,7 @@ MIN_CONDITIONS = 12
 """Fewest left-out conditions that a network is trained on."""
 _ERROR_QUANTILES = (0.5, 0.9, 0.98)
 _NOISE_SHARE = 0.2
+_N_FOLDS = 5
 _MIN_PERTURBED = 2
 _MAX_COMPONENT_CELLS = 20_000
 N_LOADINGS = 50
@@ -363,22 +365,34 @@ def measured_effects(
 
 
 def _left_out(predictor: BasePredictor) -> list[_Item]:
-    """Leave training conditions out in every way of asking that they allow, and fit the weights on the way."""
+    """Leave training conditions out in every way of asking that they allow, and fit the weights on the way.
+
+    What is said of a condition is weighed by weights that were fitted without it, and without what is left out together
+    with it, in at most five folds.
+    """
     found = []
     for question in QUESTIONS:
         problems = predictor.left_out(question)
         if not problems:
             continue
         predictor.fit_weights(question, problems)
-        weights = predictor.weights[question]
-        for said, _, effect in problems:
+        unit = [effect.context if question == "context" else effect.perturbation.name for _, _, effect in problems]
+        number = {name: i for i, name in enumerate(sorted(set(unit)))}
+        n_folds = min(_N_FOLDS, len(number))
+        fold = [number[name] % n_folds for name in unit]
+        names = predictor.weights[question].names
+        weights = [
+            fit_weights([(said, change) for f, (said, change, _) in zip(fold, problems, strict=True) if f != k], names)
+            for k in range(n_folds)
+        ]
+        for k, (said, _, effect) in zip(fold, problems, strict=True):
             others = [
                 e.change
                 for e in predictor.effects
                 if e.perturbation == effect.perturbation and e.context != effect.context
             ]
             floor = np.mean(others, axis=0) if question == "context" else said[_FLOOR[question]]
-            found.append(_Item(effect, weights.combine(said), floor, question))
+            found.append(_Item(effect, weights[k].combine(said), floor, question))
     return found
 
 

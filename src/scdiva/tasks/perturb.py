@@ -12,13 +12,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from scdiva.data.conditions import column_text, is_missing
-from scdiva.data.perturbation_sets import load_perturbed
+from scdiva.data.perturbation_sets import PERTURBATION_LAYOUTS, load_perturbed
 from scdiva.data.perturbations import Kind, Perturbation, parse_perturbation
 from scdiva.data.reader import open_counts
 from scdiva.data.source import open_source
 from scdiva.errors import ConfigError, SourceError
 from scdiva.models.scdiva.perturbation_model import PerturbationModel, PredictedChange
 from scdiva.tasks.fit_perturbation import BUNDLE, PerturbationTraining, fit_perturbation
+from scdiva.tasks.fit_perturbed_cells import fit_cells
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -90,6 +91,7 @@ def finetune_perturbation(
     exclude: Sequence[str] = (),
     min_coverage: float = 0.5,
     options: PerturbationTraining | None = None,
+    cells: bool = True,
     name: str = "",
     seed: int = 0,
     progress: bool = True,
@@ -110,6 +112,8 @@ def finetune_perturbation(
         Smallest share of UMIs that the model's genes must cover.
     options
         How it is trained.
+    cells
+        Also fine-tune the masked diffusion, for single cells; it takes some minutes.
     name
         Name of the new model.
     seed
@@ -152,7 +156,10 @@ def finetune_perturbation(
         min_coverage=min_coverage,
     )
     options = options or PerturbationTraining()
+    if cells:  # before there is anything to wait for
+        model.check_generates()
     source = open_source(data)
+    names = PERTURBATION_LAYOUTS[layout].control if control is None and layout is not None else control or ()
     fitted = fit_perturbation(
         loaded.data,
         model,
@@ -168,12 +175,16 @@ def finetune_perturbation(
             ),
             "base_model": {"name": model.name, "hash": model.bundle_hash},
             "kind": kind,
-            "control": list(control) if isinstance(control, (list, tuple)) else control,
+            "perturbation_key": dict(loaded.report.keys)["perturbation"],
+            "control": [names] if isinstance(names, str) else list(names),
             "options": asdict(options),
         },
         seed=seed,
         progress=progress,
     )
+    if cells:
+        fitted.drawer = fit_cells(loaded.data, model, fitted.coder, out / "cells", seed=seed, progress=progress)
+        fitted.details["trained_heads"] = ["perturbation", "perturbed cells"]
     fitted.save_pretrained(out / BUNDLE)
     return PerturbationModel.from_pretrained(out / BUNDLE, device=str(model.device)), loaded
 
@@ -201,7 +212,8 @@ def control_cells(
         Column of ``.obs`` with the context of every cell. Left out: all cells are one context, the model's only one if
         it has one, else a new one.
     perturbation_key, control
-        Column of ``.obs`` and the name or names of control in it: other cells are left out.
+        Column of ``.obs`` and the name or names of control in it, those of training if left out: other cells are left
+        out.
     library_size_key
         Column of ``.obs`` with each cell's UMIs over all genes, for gene panels.
     layer
@@ -212,7 +224,8 @@ def control_cells(
     Raises
     ------
     SourceError
-        There is no control cell, or most genes of the model's panel are not measured.
+        There is no control cell; the column that training knew perturbations from says that some are none, and
+        ``perturbation_key`` is left out; or most genes of the model's panel are not measured.
     ConfigError
         ``control`` without ``perturbation_key``.
     KeyNotFoundError, ScaleError, GeneError
@@ -226,8 +239,17 @@ def control_cells(
         )
     source = open_source(data)
     is_kept = np.ones(source.n_cells, dtype=bool)
+    usual, column = list(model.details.get("control") or ["control"]), model.details.get("perturbation_key")
+    if perturbation_key is None and column is not None and column in source.obs.columns:
+        n_others = int((~np.isin(column_text(source.column(column)), usual)).sum())
+        if n_others:
+            raise SourceError(
+                f"{n_others:,} cells of {source.name} are no control cells by .obs[{column!r}]",
+                expected=f"control cells ({' or '.join(usual)}), which predictions start from",
+                fix=f"name the column (perturbation_key={column!r}), and control if it has another name here",
+            )
     if perturbation_key is not None:
-        wanted = [control] if isinstance(control, str) else list(control or ["control"])
+        wanted = [control] if isinstance(control, str) else list(control or usual)
         label = column_text(source.column(perturbation_key))
         is_kept &= np.isin(label, wanted)
         if not is_kept.any():
@@ -369,11 +391,71 @@ def perturb(
             }.items():
                 layers.setdefault(layer, []).append(values[panel])
     var = pd.DataFrame({"symbol": symbols}, index=pd.Index(model.vocabulary.ensembl_id[panel], name="ensembl_id"))
-    adata = ad.AnnData(np.stack(changes), obs=pd.DataFrame(rows, index=names), var=var)
+    obs = pd.DataFrame(rows, index=names).astype(dict.fromkeys(("perturbation", "context", "question"), "category"))
+    adata = ad.AnnData(np.stack(changes), obs=obs, var=var)
     for layer, parts in layers.items():
         adata.layers[layer] = np.stack(parts)
     adata.uns["scdiva"] = {"perturb": record_of(model, control)}
     return Perturbed(adata, predictions)
+
+
+def draw_cells(
+    control: ControlCells,
+    model: PerturbationModel,
+    perturbations: Sequence[Perturbation],
+    n_cells: int,
+    *,
+    seed: int = 0,
+) -> AnnData:
+    """Draw single perturbed cells, of each perturbation in each context of the control cells.
+
+    Parameters
+    ----------
+    control
+        Cells to start from.
+    model
+        A model that was fine-tuned with single cells.
+    perturbations
+        What is done.
+    n_cells
+        Cells of each perturbation and context.
+    seed
+        Equal calls give equal cells.
+
+    Returns
+    -------
+    AnnData
+        ``X`` integer counts of the genes that the model predicts; ``.obs``: perturbation, context, control_cell (where
+        each started).
+
+    Raises
+    ------
+    UnsupportedError
+        The model draws no cells.
+    """
+    import anndata as ad
+    import scipy.sparse as sp
+
+    panel = model.reader.panel
+    name_of = dict(zip(control.cells.cell_index.tolist(), control.names.tolist(), strict=True))
+    counts, rows = [], []
+    for perturbation in perturbations:
+        for context in np.unique(control.context).tolist():
+            own = np.flatnonzero(control.context == context)
+            drawn = model.draw(perturbation, control.cells.take(own), context, n_cells=n_cells, seed=seed)
+            counts.append(sp.csr_matrix(drawn.counts[:, panel]))
+            rows += [
+                {"perturbation": perturbation.name, "context": context, "control_cell": name_of[i]}
+                for i in drawn.cell_index.tolist()
+            ]
+    var = pd.DataFrame(
+        {"symbol": model.vocabulary.symbol[panel]},
+        index=pd.Index(model.vocabulary.ensembl_id[panel], name="ensembl_id"),
+    )
+    obs = pd.DataFrame(rows, index=[f"cell_{i}" for i in range(len(rows))])
+    adata = ad.AnnData(sp.csr_matrix(sp.vstack(counts, format="csr")), obs=obs, var=var)
+    adata.uns["scdiva"] = {"perturb": {**record_of(model, control), "unit": "counts", "seed": seed}}
+    return adata
 
 
 def record_of(model: PerturbationModel, control: ControlCells) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from scdiva.tl.imputation import impute, impute_file
 from scdiva.tl.integration import integrate, integrate_file
 from scdiva.tl.interpolation import interpolate
 from scdiva.tl.networks import GrnOptions, grn, grn_file, regulons
-from scdiva.tl.perturbation import perturb, perturb_file
+from scdiva.tl.perturbation import perturb, perturb_cells, perturb_file
 from scdiva.tl.reconstruction import reconstruct, reconstruct_file
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "integrate_file",
     "interpolate",
     "perturb",
+    "perturb_cells",
     "perturb_file",
     "reconstruct",
     "reconstruct_file",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scdiva.data.output import check_output, replacing
-from scdiva.errors import OutputError
-from scdiva.tasks.perturb import N_TOP, control_cells, wanted_perturbations
+from scdiva.errors import ConfigError, OutputError
+from scdiva.tasks.perturb import N_TOP, control_cells, draw_cells, wanted_perturbations
 from scdiva.tasks.perturb import perturb as _perturb
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def perturb(
         Column of ``.obs`` with cell types or lines; a prediction is made for each, also for one that training never saw
         perturbed. Left out: all cells are one context.
     perturbation_key, control
-        Column of ``.obs`` and the name or names of control cells in it, where ``adata`` has other cells, too.
+        Column of ``.obs`` and the name or names of control cells in it (those of training if left out), where ``adata``
+        has other cells, too.
     library_size_key
         Column of ``.obs`` with each cell's total UMIs, for gene panels.
     layer
@@ -86,6 +87,60 @@ def perturb(
     return _perturb(cells, model, wanted, n_top=n_top).adata
 
 
+def perturb_cells(
+    adata: DataLike,
+    model: PerturbationModel,
+    perturbation: str | Sequence[str],
+    n_cells: int,
+    *,
+    kind: Kind | None = None,
+    context_key: str | None = None,
+    perturbation_key: str | None = None,
+    control: str | Sequence[str] | None = None,
+    library_size_key: str | None = None,
+    layer: str | None = None,
+    seed: int = 0,
+) -> AnnData:
+    """Draw single perturbed cells: integer counts, whose mean is the one that :func:`perturb` predicts.
+
+    Each starts at a control cell, whose counts are moved by the predicted change; half of the genes that rise are then
+    drawn again by masked diffusion that is told what was done.
+
+    Parameters
+    ----------
+    adata, model, perturbation, kind, context_key, perturbation_key, control, library_size_key, layer
+        See :func:`perturb`. The model was fine-tuned with single cells.
+    n_cells
+        Cells of each perturbation in each context.
+    seed
+        Equal seeds give equal cells on the same kind of machine.
+
+    Returns
+    -------
+    AnnData
+        Integer counts; ``.obs``: perturbation, context, control_cell.
+
+    Raises
+    ------
+    UnsupportedError
+        A perturbation that cannot be answered, or a model that draws no cells.
+    SourceError, KeyNotFoundError, ScaleError, GeneError, ConfigError
+        The cells cannot be used.
+    """
+    texts = [perturbation] if isinstance(perturbation, str) else list(perturbation)
+    wanted = wanted_perturbations(model, texts, kind)
+    cells = control_cells(
+        adata,
+        model,
+        context_key=context_key,
+        perturbation_key=perturbation_key,
+        control=control,
+        library_size_key=library_size_key,
+        layer=layer,
+    )
+    return draw_cells(cells, model, wanted, n_cells, seed=seed)
+
+
 def perturb_file(
     path_in: str | Path,
     path_out: str | Path,
@@ -99,31 +154,43 @@ def perturb_file(
     library_size_key: str | None = None,
     layer: str | None = None,
     n_top: int = N_TOP,
+    cells_out: str | Path | None = None,
+    n_cells: int = 0,
+    seed: int = 0,
     overwrite: bool = False,
 ) -> AnnData:
     """Predict from the control cells of a file and write the changes as ``.h5ad``; all else as in :func:`perturb`.
+
+    With ``cells_out`` ``n_cells`` single cells of each perturbation and context are written there, as
+    :func:`perturb_cells` returns them.
 
     Raises
     ------
     OutputError
         The output exists, has another suffix, or its folder does not exist. Raised before any work is done.
     """
-    target = Path(path_out)
-    if target.suffix != ".h5ad":
-        raise OutputError(f"output {target.name!r}", expected="a name ending in .h5ad", fix="rename it")
-    check_output(target, overwrite=overwrite)
-    found = perturb(
-        Path(path_in),
-        model,
-        perturbation,
-        kind=kind,
-        context_key=context_key,
-        perturbation_key=perturbation_key,
-        control=control,
-        library_size_key=library_size_key,
-        layer=layer,
-        n_top=n_top,
-    )
-    with replacing(target) as partial:
-        found.write_h5ad(partial)
+    if (cells_out is None) != (n_cells < 1):
+        raise ConfigError(
+            f"n_cells={n_cells} and cells_out={cells_out}", expected="both, or neither", fix="give the other one, too"
+        )
+    targets = [Path(path) for path in (path_out, cells_out) if path is not None]
+    for target in targets:
+        if target.suffix != ".h5ad":
+            raise OutputError(f"output {target.name!r}", expected="a name ending in .h5ad", fix="rename it")
+        check_output(target, overwrite=overwrite)
+    options: dict[str, Any] = {
+        "kind": kind,
+        "context_key": context_key,
+        "perturbation_key": perturbation_key,
+        "control": control,
+        "library_size_key": library_size_key,
+        "layer": layer,
+    }
+    found = perturb(Path(path_in), model, perturbation, n_top=n_top, **options)
+    results = [found]
+    if cells_out is not None:
+        results.append(perturb_cells(Path(path_in), model, perturbation, n_cells, seed=seed, **options))
+    for target, result in zip(targets, results, strict=True):
+        with replacing(target) as partial:
+            result.write_h5ad(partial)
     return found

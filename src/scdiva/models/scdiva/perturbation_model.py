@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from scdiva.config import NativeConfig
 from scdiva.data.perturbations import Perturbation
 from scdiva.errors import BundleError, UnsupportedError
 from scdiva.genes import GeneVocabulary
@@ -21,6 +22,7 @@ from scdiva.models import bundle
 from scdiva.models.base import PretrainedModel, details_of
 from scdiva.models.card import model_card
 from scdiva.models.scdiva.model import ScDiVa
+from scdiva.models.scdiva.objectives import tokeniser_of
 from scdiva.models.scdiva.perturbation_base import (
     BasePredictor,
     ContextState,
@@ -31,6 +33,7 @@ from scdiva.models.scdiva.perturbation_base import (
 )
 from scdiva.models.scdiva.perturbation_network import PerturbationNetwork, blocks_of
 from scdiva.models.scdiva.perturbation_tokens import PerturbationCoder, gene_of_symbol
+from scdiva.models.scdiva.perturbed_cells import CellDrawer
 from scdiva.serialization import log1p_cp10k
 from scdiva.types import CellCounts
 
@@ -159,9 +162,12 @@ class PerturbationModel(PretrainedModel):
     networks
         What was trained on top, one per seed; none: the simple predictors alone.
     gate
-        Share of each network's correction that is added, in [0, 1]: what held-out conditions bear out.
+        Share of each network's correction that is added, in [0, 1]: what held-out conditions bear out. Where a question
+        was not tried on left-out conditions, that of measured conditions included, nothing is added.
     expected_error
         Errors of left-out conditions.
+    drawer
+        Draws single cells; None: means only.
     details
         What goes into ``config.json``.
     bundle_hash
@@ -180,10 +186,12 @@ class PerturbationModel(PretrainedModel):
         gate: Sequence[float],
         expected_error: ExpectedError,
         *,
+        drawer: CellDrawer | None = None,
         details: Mapping[str, Any] | None = None,
         bundle_hash: str = "",
     ) -> None:
         self.base = base
+        self.drawer = drawer
         self.predictor, self.reader, self.coder = predictor, reader, coder
         self.networks = nn.ModuleList(networks).eval()
         self.gate = tuple(float(g) for g in gate)
@@ -218,6 +226,8 @@ class PerturbationModel(PretrainedModel):
         """Move the weights, also those of the base model."""
         self.base.to(device)
         self.networks.to(self.base.device)
+        if self.drawer is not None:
+            self.drawer.network.to(self.base.device)
         return self
 
     def check_answers(self, perturbation: Perturbation) -> None:
@@ -226,8 +236,9 @@ class PerturbationModel(PretrainedModel):
         Raises
         ------
         UnsupportedError
-            Control; a kind that was not in training; a drug or cytokine, or a name that is no gene, that was not in
-            training; a gene that the vocabulary lacks; or more targets than the model has places for.
+            Control; a kind that was not in training, or a dose where it had none; a drug or cytokine, or a name that is
+            no gene, that was not in training; a gene that the vocabulary lacks; or more targets than the model has
+            places for.
         """
         if perturbation.is_control:
             raise UnsupportedError("control is no perturbation", expected="a target", fix="name what is perturbed")
@@ -237,6 +248,12 @@ class PerturbationModel(PretrainedModel):
                 f"no {perturbation.kind} was in the training data",
                 expected=" or ".join(kinds),
                 fix="fine-tune with cells that had one; effects of one kind do not tell those of another",
+            )
+        if perturbation.dose is not None and all(p.dose is None for p in self.perturbations):
+            raise UnsupportedError(
+                f"{perturbation.name} has a dose, and none was in the training data",
+                expected="no dose",
+                fix="leave it out, or fine-tune on doses (--dose-key, or names such as drug@2.5)",
             )
         seen = sorted({target for p in self.perturbations if p.kind == perturbation.kind for target in p.targets})
         shown = ", ".join(seen[:20]) + (" ..." if len(seen) > 20 else "")
@@ -319,7 +336,9 @@ class PerturbationModel(PretrainedModel):
         base: NDArray[np.float64],
     ) -> NDArray[np.float64]:
         """Return what the networks add, ``(seeds, cells, P)``, their gates applied."""
-        if not self.networks or not any(self.gate) or not self.coder.is_known(perturbation):
+        # gates are of questions that conditions were left out for: nothing bears out a correction of what was measured
+        is_judged = self.predictor.question(perturbation, context) in self.expected_error.rms
+        if not self.networks or not any(self.gate) or not is_judged or not self.coder.is_known(perturbation):
             return np.zeros((0, 0, 0))
         rows = np.unique(np.linspace(0, control.n_cells - 1, min(control.n_cells, MAX_CELLS)).astype(np.int64))
         codes = self.coder.codes([perturbation])
@@ -340,6 +359,41 @@ class PerturbationModel(PretrainedModel):
                 parts.append(network(inputs.to(self.device)).double().cpu().numpy())
             found.append(gate * np.concatenate(parts))
         return np.stack(found)
+
+    @torch.inference_mode()
+    def draw(
+        self, perturbation: Perturbation, control: CellCounts, context: str = "", *, n_cells: int, seed: int = 0
+    ) -> CellCounts:
+        """Draw single perturbed cells: masked diffusion told what was done, with the predicted change of the mean.
+
+        Parameters
+        ----------
+        perturbation, control, context
+            As for :meth:`predict`.
+        n_cells
+            How many.
+        seed
+            Equal calls give equal cells.
+
+        Returns
+        -------
+        CellCounts
+            Integer counts; ``cell_index`` is that of the control cell that each cell started at.
+
+        Raises
+        ------
+        UnsupportedError
+            See :meth:`predict`; or the model was fine-tuned without single cells.
+        """
+        if self.drawer is None:
+            raise UnsupportedError(
+                f"{self.name} predicts means only",
+                expected="a model that was fine-tuned with single cells",
+                fix="fine-tune it without --no-cells",
+            )
+        found = self.predict(perturbation, control, context)
+        codes = self.coder.codes([perturbation])
+        return self.drawer.draw(codes, control, found.change, n_cells, seed).cells
 
     # --- save and load ---
 
@@ -376,6 +430,8 @@ class PerturbationModel(PretrainedModel):
             arrays |= {f"weight.{question}": fitted.weight, f"limits.{question}": fitted.limits}
         arrays |= {f"error.{question}": rms for question, rms in self.expected_error.rms.items()}
         weights |= {f"base.{name}": torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+        if self.drawer is not None:
+            weights |= {f"cells.{name}": tensor for name, tensor in self.drawer.state().items()}
         effects = [
             {
                 "targets": list(effect.perturbation.targets),
@@ -393,6 +449,9 @@ class PerturbationModel(PretrainedModel):
             "n_networks": len(self.networks),
             "n_trained_layers": self.details.get("n_trained_layers", 0),
             "gate": list(self.gate),
+            "cells": None
+            if self.drawer is None
+            else {"spread": self.drawer.spread, "depth_ratio": self.drawer.depth_ratio},
             "effects": effects,
             "contexts": {context: predictor.states[context].n_cells for context in contexts},
             "weights": {
@@ -560,6 +619,19 @@ def _rebuilt(
         network.load_trained(own)
         used |= {prefix + name for name in own}
         networks.append(network)
+    drawer = None
+    if described["cells"] is not None:
+        own = {name.removeprefix("cells."): t for name, t in weights.items() if name.startswith("cells.")}
+        assert isinstance(base.config, NativeConfig)
+        drawer = CellDrawer.rebuilt(
+            base,
+            len(coder.names),
+            own,
+            tokeniser_of(base.config, base.statistics),
+            float(described["cells"]["spread"]),
+            float(described["cells"]["depth_ratio"]),
+        )
+        used |= {f"cells.{name}" for name in own}
     if used != set(weights):
         raise BundleError(
             f"{path}: unknown weights {', '.join(sorted(set(weights) - used)[:3])}",
@@ -578,6 +650,7 @@ def _rebuilt(
         networks,
         described["gate"],
         error,
+        drawer=drawer,
         details=details_of(content),
         bundle_hash=content.hash,
     )
