@@ -17,8 +17,8 @@ import numpy as np
 SETS = {
     "pbmc": "two blood sets, 5,878 cells (methods chosen here)",
     "breast_immune_spectra_1k": "immune cells of a breast tumour, 1,000 cells",
-    "pbmc4k_soupx_1.1k": "blood of another donor, 1,151 cells",
-    "pancreas_baron_h1": "pancreas, 1,937 cells",
+    "pbmc4k_soupx_1.1k": "blood, 1,151 cells (the donor of one batch of the first set)",
+    "pancreas_baron_h1": "pancreas, another tissue, 1,937 cells",
 }
 TRUTHS = {
     "grn_union_signed": "union",
@@ -34,6 +34,20 @@ METHODS = {
     "response_shuffled": "scDiVa response, shuffled cells",
     "spearman_shuffled": "Spearman, shuffled cells (null)",
 }
+TRUNK = {
+    "spearman": METHODS["spearman"],
+    "attention": "attention",
+    "embedding": "states of the trunk",
+    "gene_embedding": "gene embeddings, cosine",
+    "knockout": "knock-out (100 cells of each regulator)",
+    "response": METHODS["response"],
+}
+REGRESSIONS = {
+    "spearman": METHODS["spearman"],
+    "boosting": "boosted regression (as GRNBoost2)",
+    "extra_trees": "extremely randomised trees (as GENIE3)",
+    "response": METHODS["response"],
+}
 
 
 def number(row: dict[str, Any], name: str, digits: int = 2) -> str:
@@ -47,24 +61,26 @@ def interval(row: dict[str, Any], name: str, digits: int = 2) -> str:
     return f"{value:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
-def share_above(report: dict[str, Any], truth: str, method: str) -> str:
+def share_above(report: dict[str, Any], truth: str, method: str, is_sample: bool) -> str:
     """Return the share of regulators whose AUPRC ratio is above co-expression's."""
     by_method: dict[str, list[list[float]]] = {}
     for row in report["regulators"]:
-        if row["truth"] == truth and not row["is_sample"]:
+        if row["truth"] == truth and row["is_sample"] == is_sample:
             by_method.setdefault(row["method"], []).append(row["auprc_ratio"])
     ours, other = (np.mean(by_method[name], axis=0) for name in (method, "spearman"))
     return f"{np.mean(ours > other):.0%}"
 
 
-def table(report: dict[str, Any], methods: dict[str, str]) -> list[str]:
+def table(report: dict[str, Any], methods: dict[str, str], *, is_sample: bool = False) -> list[str]:
     lines = [
         "| truth | method | AUPRC ratio | minus co-expression | regulators above it | pooled | minus co-expression | "
         "early precision ratio | degree-matched AUROC | minus co-expression | above genes alone |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for truth, title in TRUTHS.items():
-        rows = {row["method"]: row for row in report["summary"] if row["truth"] == truth and not row["is_sample"]}
+        rows = {
+            row["method"]: row for row in report["summary"] if row["truth"] == truth and row["is_sample"] == is_sample
+        }
         if not rows:
             continue
         some = next(iter(rows.values()))
@@ -78,7 +94,7 @@ def table(report: dict[str, Any], methods: dict[str, str]) -> list[str]:
                 name,
                 number(row, "auprc_ratio"),
                 interval(row, "auprc_difference"),
-                "–" if method == "spearman" else share_above(report, truth, method),
+                "–" if method == "spearman" else share_above(report, truth, method, is_sample),
                 number(row, "auprc_ratio_pooled"),
                 interval(row, "auprc_difference_pooled"),
                 number(row, "early_ratio"),
@@ -117,18 +133,31 @@ def sign_table(reports: dict[str, dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
+def read(folder: Path, *names: str) -> dict[str, Any] | None:
+    """Return reports as one; None where there is none."""
+    found = [folder / name / "report.json" for name in names]
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in found if path.exists()]
+    if not reports:
+        return None
+    return {part: [row for report in reports for row in report[part]] for part in ("summary", "regulators")}
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
-    reports = {
-        name: json.loads((folder / name / "report.json").read_text(encoding="utf-8"))
-        for name in SETS
-        if (folder / name / "report.json").exists()
-    }
+    reports = {name: report for name in SETS if (report := read(folder, name)) is not None}
     lines: list[str] = []
     for name, report in reports.items():
         lines += [f"### {name}: {SETS[name]}", "", *table(report, METHODS)]
     lines += ["## Signs", "", *sign_table(reports)]
-    print("\n".join(lines))
+    trunk = read(folder, *(f"breast_immune_spectra_1k_{each}" for each in ("attention", "knockout")))
+    if trunk is not None:
+        lines += ["## The other methods of scdiva grn, on the breast set", "", *table(trunk, TRUNK)]
+    for name, size in (("regressions", "200"), ("boosting", "all")):
+        regressions = read(folder, f"breast_immune_spectra_1k_{name}")
+        if regressions is not None:
+            lines += [f"## Regressions, on {size} targets of the breast set", ""]
+            lines += table(regressions, REGRESSIONS, is_sample=True)
+    print("\n".join(lines).rstrip())
 
 
 if __name__ == "__main__":
