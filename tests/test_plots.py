@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
@@ -216,4 +217,38 @@ class TestGeneNetworks:
             sd.pl.grn_heatmap(network, tmp_path / "a.png", key="other")
         with pytest.raises(GeneError, match="SPI1"):
             sd.pl.regulon(network, tmp_path / "a.png", tf="SPI1", group="a")
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestPerturbation:
+    @pytest.fixture
+    def effects(self):
+        obs = pd.DataFrame(
+            {"perturbation": ["A", "A+B"], "context": "", "question": ["seen", "combination"]}, index=["A", "A+B"]
+        )
+        var = pd.DataFrame({"symbol": list("ABCDE")}, index=list("vwxyz"))
+        adata = ad.AnnData(np.array([[-5.0, 0.1, 2, -3, 0], [-5, -6, 1, 2, 3]], dtype=np.float32), obs=obs, var=var)
+        adata.layers["expected_error"] = np.full((2, 5), 0.5, dtype=np.float32)
+        return adata
+
+    def test_bars_are_the_most_changed_genes_without_targets(self, effects, tmp_path, monkeypatch):
+        drawn = []
+        axes = __import__("matplotlib.axes", fromlist=["Axes"]).Axes
+        original = axes.barh
+        monkeypatch.setattr(axes, "barh", lambda self, *a, **k: (drawn.append((a, k)), original(self, *a, **k))[1])
+        sd.pl.perturbation(effects, tmp_path / "a.png", name="A", n_genes=2)
+        sd.pl.perturbation(effects, tmp_path / "b.png", name="A+B", n_genes=3)
+        assert drawn[0][0][1].tolist() == [2.0, -3.0]
+        assert drawn[1][0][1].tolist() == [3.0, 2.0, 1.0]
+        assert drawn[0][1]["xerr"].tolist() == [0.5, 0.5]
+        assert (tmp_path / "a.png").stat().st_size > 0
+
+    def test_what_is_missing_is_named(self, effects, tmp_path):
+        with pytest.raises(ConfigError, match="2 effects"):
+            sd.pl.perturbation(effects, tmp_path / "a.png")
+        with pytest.raises(KeyNotFoundError, match="STAT1"):
+            sd.pl.perturbation(effects, tmp_path / "a.png", name="STAT1")
+        del effects.layers["expected_error"]
+        with pytest.raises(ConfigError, match=r"sd\.tl\.perturb"):
+            sd.pl.perturbation(effects, tmp_path / "a.png", name="A")
         assert list(tmp_path.iterdir()) == []

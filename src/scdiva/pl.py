@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from scdiva.errors import KeyNotFoundError
 from scdiva.pl_network import grn_heatmap, grn_network, regulon
+from scdiva.pl_perturbation import perturbation
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,7 +21,17 @@ if TYPE_CHECKING:
 
     from scdiva.metrics.generation_space import LabelledCells
 
-__all__ = ["generation", "grn_heatmap", "grn_network", "marker_dots", "path", "regulon", "steps", "umap"]
+__all__ = [
+    "generation",
+    "grn_heatmap",
+    "grn_network",
+    "marker_dots",
+    "path",
+    "perturbation",
+    "regulon",
+    "steps",
+    "umap",
+]
 
 _MAX_TYPES_OF_DOTS = 12
 _SHARES = (0.1, 0.5, 1.0)
