@@ -366,6 +366,11 @@ class BasePredictor:
         noise = np.sum([effect.noise for effect in here], axis=0) / len(here) ** 2
         return {"measured": change, "measured, noise shrunk": shrunk(change, noise)}
 
+    def sampling_error(self, perturbation: Perturbation, context: str) -> Vector:
+        """Return the standard error of a change that was measured in training, ``(G,)``."""
+        here = [effect.noise for effect in self._same(perturbation) if effect.context == context]
+        return np.asarray(np.sqrt(np.sum(here, axis=0)) / len(here))
+
     def _context(self, same: Sequence[MeasuredEffect], state: ContextState) -> dict[str, Vector]:
         precision = np.array([effect.precision(self.states) for effect in same])
         firm = [effect for effect in same if precision[same.index(effect)] >= MIN_CELLS / 2] or list(same)

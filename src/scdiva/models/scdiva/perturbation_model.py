@@ -61,7 +61,7 @@ class PredictedChange:
         ``(n_genes,)`` mean log1p(CP10K) of the control cells; NaN for genes that they were not measured in.
     error
         ``(n_genes,)`` expected error: root mean squared error of predictions of this size for training conditions that
-        were left out; NaN where there were too few to tell.
+        were left out, NaN where there were too few to tell; of what was measured its standard error.
     spread_cells
         ``(n_genes,)`` standard deviation of the change over control cells.
     spread_seeds
@@ -321,7 +321,11 @@ class PerturbationModel(PretrainedModel):
             change=spread_out(change),
             base=spread_out(base),
             control_mean=spread_out(np.where(is_measured, state.mean, np.nan)),
-            error=spread_out(self.expected_error.of(question, change)),
+            error=spread_out(
+                self.predictor.sampling_error(perturbation, context)
+                if question == "seen"
+                else self.expected_error.of(question, change)
+            ),
             spread_cells=spread_out(corrections.mean(axis=0).std(axis=0) if corrections.size else nothing),
             spread_seeds=spread_out(corrections.mean(axis=1).std(axis=0) if corrections.size else nothing),
             question=question,
