@@ -62,7 +62,7 @@ def perturb(
     -------
     AnnData
         A row per perturbation and context. ``X``: change of mean log1p(CP10K). Layers: ``control_mean``,
-        ``predicted_mean``, ``simple_predictors``, ``expected_error`` (of training conditions that were left out; of what
+        ``predicted_mean``, ``simple_predictors``, ``expected_error`` (of left-out training conditions; of what
         was measured its standard error), ``spread_over_cells``, ``spread_over_seeds``. ``.obs["top_genes"]``,
         ``.obs["question"]`` (what was extrapolated: "seen", "context", "single" or "combination").
 
