@@ -51,7 +51,7 @@ _CEILING_FORMAT = "2"
 _STREAM = 31
 _OF_NEW_PERTURBATIONS = ("nearest_perturbation", "ridge", "random_forest", "knn")
 _CORPUS = ("ridge_corpus", "random_forest_corpus", "knn_corpus")
-OUR_VERSION = 1
+OUR_VERSION = 2
 """Counts changes of our predictors that make earlier rows differ."""
 _SETS = ("ridge_sets", "random_forest_sets")
 _FEATURES = (*_CORPUS, *_SETS)

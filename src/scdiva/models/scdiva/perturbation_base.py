@@ -9,8 +9,8 @@ on the question:
   each gene the new context has to begin with; the nearest context; and what fluctuates together within the control
   cells of the new context itself (linear response: Kubo 1966, doi:10.1088/0034-4885/29/1/306, as a heuristic);
 - *single*: no context shows the perturbation of this gene: the mean of the others; ridge regressions on the target's
-  gene embedding, its loadings in components of the training cells and the gene sets that it is in; and what varies with
-  the target's own expression within control cells;
+  gene embedding, its loadings in components of the training cells and the gene sets that it is in; the nearest targets;
+  a random forest on the loadings; and what varies with the target's own expression within control cells;
 - *combination*: the sum of the parts, with noise shrunk and not; their larger part; and the sum with what a ridge
   regression on products of the parts' components says of how they interact.
 
@@ -44,6 +44,8 @@ TARGET_PENALTIES = (1.0, 3.0, 10.0)
 """Of regressions on targets."""
 N_NEIGHBOURS = 5
 """Targets that "nearest" is the mean of."""
+N_TREES = 100
+"""Of the random forest."""
 N_COMPONENTS = 10
 N_EFFECT_COMPONENTS = 8
 EQUAL_WEIGHT = 0.3
@@ -426,6 +428,7 @@ class BasePredictor:
             near = np.argsort(-(stacked @ query), kind="stable")[:N_NEIGHBOURS]
             said[f"nearest on {name}"] = np.mean([of[i].change for i in near], axis=0)
         said.pop("nearest on gene sets")  # most targets share no set with any other
+        said["forest on loadings"] = self._forest(effects, target, mean)
         gene = self.on_panel.get(target)
         own = np.zeros_like(mean)
         if gene is not None:
@@ -434,6 +437,23 @@ class BasePredictor:
             own = state.response(force) * (1.0 if perturbation.kind == "activation" else -1.0)
         said["mean with co-variation"] = mean + own
         return said
+
+    def _forest(self, effects: Sequence[MeasuredEffect], target: str, mean: Vector) -> Vector:
+        """Predict by a random forest on the loadings of the targets (in the manner of Csendes et al. 2025).
+
+        It is fitted to scores along all components of the training effects: their sums of squares are those of the
+        genes, and so are the trees, whatever the number of genes.
+        """
+        from sklearn.ensemble import RandomForestRegressor
+
+        known = [effect for effect in effects if self._loadings(effect.perturbation.targets[0]) is not None]
+        gene = self.on_panel.get(target)
+        if gene is None or len(known) < MIN_LEFT_OUT or self._loadings(target) is None:
+            return mean
+        features = np.stack([self.loadings[self.on_panel[effect.perturbation.targets[0]]] for effect in known])
+        left, size, axes = np.linalg.svd(np.stack([effect.change for effect in known]), full_matrices=False)
+        forest = RandomForestRegressor(N_TREES, random_state=0, n_jobs=1).fit(features, left * size)
+        return np.asarray(np.atleast_2d(forest.predict(self.loadings[gene][None])).reshape(-1) @ axes)
 
     def _loadings(self, target: str) -> Vector | None:
         """Return the unit loadings of a target; None where it is not on the panel or never varies."""
