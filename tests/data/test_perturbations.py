@@ -136,3 +136,14 @@ def test_what_the_labels_say_is_what_is_read_in_any_order_of_cells(targets, sepa
     assert [parsed.perturbations[c].targets for c in parsed.code] == [expected[i] for i in order]
     assert [p.targets for p in parsed.perturbations] == sorted(set(expected))
     assert all(name(p.name, "control") == p.name for p in parsed.perturbations)
+
+
+def test_ensembl_ids_are_taken_apart_as_symbols_are():
+    from scdiva.genes import GeneVocabulary
+
+    genes = GeneVocabulary.default()
+    stat1, irf3 = "ENSG00000115415", "ENSG00000126456"
+    for text in (f"{stat1}+{irf3}", f"STAT1+{irf3}", f"{irf3}_{stat1}", f"STAT1_{irf3}", f"{stat1}+IRF3"):
+        assert parse_perturbation(text, control="control", vocabulary=genes).targets == ("IRF3", "STAT1"), text
+    for text in (stat1, f"STAT1_{stat1}", f"{stat1}.12", f"{stat1}+control"):
+        assert parse_perturbation(text, control="control", vocabulary=genes).targets == ("STAT1",), text

@@ -162,8 +162,52 @@ def test_without_a_context_column_cells_are_of_the_only_context_of_training(cont
     assert found.obs["context"].tolist() == ["cells"]
     several, data = treated_model()
     adata = to_adata(data)
-    (question,) = sd.tl.perturb(adata[data.is_control].copy(), several, "other").obs["question"]
-    assert question == "context"  # whose cells they are is not known: a new context
+    with pytest.raises(ConfigError, match="5 contexts: a, b"):  # whose cells they are is not known
+        sd.tl.perturb(adata[data.is_control].copy(), several, "other")
+
+
+def test_cells_unlike_those_of_training_are_a_new_context(control, model):
+    stirred = control.copy()
+    stirred.X = sp.csr_matrix(stirred.X)[:, np.random.default_rng(0).permutation(control.n_vars)]
+    found = sd.tl.perturb(stirred, model, model.perturbations[0].name)
+    assert found.obs["context"].tolist() == ["unlike the training cells"]
+    assert found.obs["question"].tolist() == ["context"]
+    assert np.isnan(found.layers["expected_error"]).all()
+
+
+def test_library_sizes_are_those_of_training(screen, base, tmp_path):
+    adata = screen.to_adata()
+    adata.obs["n_umis"] = np.asarray(adata.X.sum(axis=1)).ravel() * 3.0
+    found, _ = finetune_perturbation(
+        adata, base, tmp_path / "run", **KEYS, library_size_key="n_umis", options=SIMPLE, cells=False, progress=False
+    )
+    name = found.perturbations[0].name
+    kept = sd.tl.perturb(adata, found, name, **KEYS)
+    named = sd.tl.perturb(adata, found, name, **KEYS, library_size_key="n_umis")
+    assert np.array_equal(kept.layers["control_mean"], named.layers["control_mean"])
+    del adata.obs["n_umis"]
+    with pytest.raises(ConfigError, match="n_umis"):
+        sd.tl.perturb(adata, found, name, **KEYS)
+
+
+def test_drugs_do_not_pass_for_genes(screen, base, tmp_path):
+    adata = screen.to_adata()
+    is_control = adata.obs["perturbation"] == "control"
+    adata.obs["drug"] = np.where(is_control, "control", "aspirin")
+    with pytest.raises(ConfigError, match="kind treatment"):
+        finetune_perturbation(
+            adata, base, tmp_path / "run", perturbation_key="drug", control="control", options=SIMPLE, cells=False
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_combination_of_unseen_genes_is_no_surer_than_one_of_them(model, control, screen):
+    unseen = [s for s in screen.vocabulary.symbol if s not in screen.pathway][:2]
+    seen = sorted(screen.pathway)[0]
+    found = sd.tl.perturb(control, model, [unseen[0], "+".join(unseen), f"{seen}+{unseen[0]}"])
+    single, both, mixed = (np.median(row) for row in found.layers["expected_error"])
+    assert both > single
+    assert mixed > single
 
 
 def to_adata(data: PerturbedCells) -> ad.AnnData:

@@ -42,6 +42,12 @@ def evaluate_perturbation(
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", help="Leave out cells with this label (repeatable).")
     ] = None,
+    drop_missing: Annotated[
+        bool, typer.Option("--drop-missing", help="Leave out cells that have no perturbation, context or batch.")
+    ] = False,
+    ignore_confounded_batch: Annotated[
+        bool, typer.Option("--ignore-confounded-batch", help="Go on without batches that are either control or not.")
+    ] = False,
     filters: Annotated[
         list[str] | None, typer.Option("--filter", help="COLUMN=VALUE: only these cells (repeatable; .h5ad only).")
     ] = None,
@@ -78,14 +84,14 @@ def evaluate_perturbation(
     from scdiva.baselines.common import require
     from scdiva.data.perturbation_sets import load_perturbed
     from scdiva.errors import OutputError
-    from scdiva.models.base import load_model
+    from scdiva.models.scdiva import ScDiVa
     from scdiva.tasks import evaluate_perturbation as task
 
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file", expected="a folder", fix="name another one with --out")
     if cell_eval:
         require("cell_eval", "cell_eval", "cell-eval")
-    base = load_model(model, device=device)
+    base = ScDiVa.from_pretrained(model, device=device)
     vocabulary = base.vocabulary
     loaded = load_perturbed(
         _filtered(file, filters or ()),
@@ -99,6 +105,8 @@ def evaluate_perturbation(
         library_size_key=library_size_key,
         layer=layer,
         exclude=exclude or (),
+        drop_missing=drop_missing,
+        ignore_confounded_batch=ignore_confounded_batch,
         min_cells=min_cells,
         min_coverage=min_coverage,
     )

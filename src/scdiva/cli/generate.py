@@ -99,6 +99,11 @@ def generate(
 
     check_output(out, overwrite=overwrite)
     loaded: ScDiVa | ScDiffusion = load_model(model, device=device)
+    if loaded.family == "scdiva-perturbation":
+        raise ConfigError(
+            f"{model} is a model of perturbations", expected="one that generates under conditions",
+            fix="draw perturbed cells by scdiva perturb --cells",
+        )  # fmt: skip
     wanted, weights = _parse(condition or [], loaded.labels.fields)
     table = None
     if each is not None:

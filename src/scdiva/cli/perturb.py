@@ -48,6 +48,8 @@ def perturb(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Predict what perturbations do to control cells: mean changes with expected errors, and single cells."""
+    import numpy as np
+
     from scdiva.models.scdiva.perturbation_model import PerturbationModel
     from scdiva.tl.perturbation import perturb_file
 
@@ -69,7 +71,9 @@ def perturb(
         overwrite=overwrite,
     )
     for name, row in found.obs.iterrows():
-        typer.echo(f"{name} ({row['question']}, from {row['n_control_cells']} cells): {row['top_genes']}")
+        unknown = "" if np.isfinite(found[str(name)].layers["expected_error"]).any() else ", expected error unknown"
+        about = f"{row['question']}, from {row['n_control_cells']} cells{unknown}"
+        typer.echo(f"{name} ({about}): {row['top_genes']}")
     typer.echo(str(out))
     if cells is not None:
         typer.echo(str(cells))

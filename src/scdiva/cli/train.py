@@ -85,6 +85,12 @@ def finetune(
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", help="Leave out cells of this perturbation (repeatable).")
     ] = None,
+    drop_missing: Annotated[
+        bool, typer.Option("--drop-missing", help="Leave out cells that have no perturbation, context or batch.")
+    ] = False,
+    ignore_confounded_batch: Annotated[
+        bool, typer.Option("--ignore-confounded-batch", help="Go on without batches that are either control or not.")
+    ] = False,
     cells: Annotated[
         bool, typer.Option("--cells/--no-cells", help="Of perturbations: also learn to draw single cells (minutes).")
     ] = True,
@@ -132,6 +138,8 @@ def finetune(
             layer=layer,
             exclude=exclude or (),
             cells=cells,
+            drop_missing=drop_missing,
+            ignore_confounded_batch=ignore_confounded_batch,
             min_coverage=min_coverage,
             name=name,
             seed=seed,
@@ -140,6 +148,7 @@ def finetune(
     given = {
         "--perturbation-key": perturbation_key, "--control": control, "--layout": layout, "--context-key": context_key,
         "--dose-key": dose_key, "--library-size-key": library_size_key, "--exclude": exclude,
+        "--drop-missing": drop_missing, "--ignore-confounded-batch": ignore_confounded_batch,
     }  # fmt: skip
     if foreign := [option for option, value in given.items() if value]:
         raise ConfigError(

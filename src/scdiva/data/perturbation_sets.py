@@ -468,7 +468,7 @@ def _kept_rows(
                 f"{int(is_lost.sum()):,} of {source.n_cells:,} cells of {source.name} have no {use} in "
                 f".obs[{keys[use]!r}]",
                 expected=f"the {use} of every cell",
-                fix="name another column, or leave these cells out: drop_missing=True",
+                fix="name another column, or leave these cells out: drop_missing=True, --drop-missing",
             )
         is_kept &= ~is_lost
         dropped.append((f"without {use}", int(is_lost.sum())))
@@ -524,7 +524,7 @@ def _batches(
             "control cells of its batch",
             expected="batches with both",
             fix="name another column, leave batch_key out, or go on without batches, which the report will say: "
-            "ignore_confounded_batch=True",
+            "ignore_confounded_batch=True, --ignore-confounded-batch",
         )
     note = f"{found}: batches are not used, and a difference between batches counts as an effect"
     return ("",), np.zeros(kept.size, dtype=np.int64), [note]

@@ -301,12 +301,19 @@ class _Parser:
     def _parts(self, body: str) -> list[str]:
         """Take the names of several targets apart."""
         is_gene = self.kind != "treatment"
+        if is_gene and "+" in body and body not in self.names:
+            return [part.strip() for part in body.split("+")]
+        if is_gene and "ENSG" in body:
+            # "SYMBOL_ENSG..." is one gene; an Ensembl id with the name of another gene is a pair
+            parts = [part.strip() for part in body.split("_")]
+            symbols = [self._of_vocabulary(part, "") for part in parts]
+            if all(symbols) and len(set(symbols)) > 1:
+                return parts
         if is_gene and self._is_known(body):
             return [body]
         for separator in ("+", "_"):
             parts = [part.strip() for part in body.split(separator)]
-            always = is_gene and separator == "+"
-            if len(parts) > 1 and (always or all(part in self.control or self._is_known(part) for part in parts)):
+            if len(parts) > 1 and all(part in self.control or self._is_known(part) for part in parts):
                 return parts
         return [body]
 

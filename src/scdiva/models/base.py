@@ -77,7 +77,8 @@ class PretrainedModel(ABC):
             raise BundleError(
                 f"{content.path} holds a model of family {content.config.get('family')!r}",
                 expected=repr(cls.family),
-                fix="load it with the class of its family",
+                fix="load it with the class of its family (sd.load_model); models of family 'scdiva-perturbation' are "
+                "made by scdiva finetune --objective perturbation, for scdiva perturb",
             )
         return content
 

@@ -18,6 +18,7 @@ from scdiva.data.reader import open_counts
 from scdiva.data.source import open_source
 from scdiva.errors import ConfigError, SourceError
 from scdiva.models.scdiva.perturbation_model import PerturbationModel, PredictedChange
+from scdiva.models.scdiva.perturbation_tokens import gene_of_symbol
 from scdiva.tasks.fit_perturbation import BUNDLE, PerturbationTraining, fit_perturbation
 from scdiva.tasks.fit_perturbed_cells import fit_cells
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from scdiva.models.scdiva.model import ScDiVa
     from scdiva.types import CellCounts
 
+UNLIKE = "unlike the training cells"
+"""Name of a context of cells that are not said to be of the model's only one, and do not look like it."""
+MIN_LIKENESS = 0.9
+"""Smallest correlation of mean log1p(CP10K) with the training context's control cells that counts as like it."""
 N_TOP = 20
 """Genes that are named of each prediction."""
 
@@ -89,6 +94,8 @@ def finetune_perturbation(
     library_size_key: str | None = None,
     layer: str | None = None,
     exclude: Sequence[str] = (),
+    drop_missing: bool = False,
+    ignore_confounded_batch: bool = False,
     min_coverage: float = 0.5,
     options: PerturbationTraining | None = None,
     cells: bool = True,
@@ -106,7 +113,8 @@ def finetune_perturbation(
         A native model with a trunk; it is not changed.
     out_dir
         Folder of the run; the model goes to ``bundle`` in it.
-    perturbation_key, control, layout, context_key, batch_key, kind, dose_key, library_size_key, layer, exclude
+    perturbation_key, control, layout, context_key, batch_key, kind, dose_key, library_size_key, layer, exclude, \
+    drop_missing, ignore_confounded_batch
         See :func:`scdiva.data.perturbation_sets.load_perturbed`.
     min_coverage
         Smallest share of UMIs that the model's genes must cover.
@@ -153,8 +161,18 @@ def finetune_perturbation(
         library_size_key=library_size_key,
         layer=layer,
         exclude=exclude,
+        drop_missing=drop_missing,
+        ignore_confounded_batch=ignore_confounded_batch,
         min_coverage=min_coverage,
     )
+    genes = gene_of_symbol(model.vocabulary)
+    targets = {target for p in loaded.data.perturbations for target in p.targets}
+    if kind != "treatment" and not targets & genes.keys():
+        raise ConfigError(
+            f"none of {len(targets)} perturbed things is a gene of the model: {', '.join(sorted(targets)[:5])}",
+            expected=f"genes that had a {kind}",
+            fix="use kind 'treatment' for drugs and cytokines (--kind treatment), or correct the gene names",
+        )
     options = options or PerturbationTraining()
     if cells:  # before there is anything to wait for
         model.check_generates()
@@ -177,6 +195,7 @@ def finetune_perturbation(
             "kind": kind,
             "perturbation_key": dict(loaded.report.keys)["perturbation"],
             "control": [names] if isinstance(names, str) else list(names),
+            "library_size_key": library_size_key,
             "options": asdict(options),
         },
         seed=seed,
@@ -209,13 +228,13 @@ def control_cells(
     model
         Whose genes.
     context_key
-        Column of ``.obs`` with the context of every cell. Left out: all cells are one context, the model's only one if
-        it has one, else a new one.
+        Column of ``.obs`` with the context of every cell. It may be left out for a model of one context: the cells are
+        that context then if they look like it, else a new one (:data:`UNLIKE`).
     perturbation_key, control
         Column of ``.obs`` and the name or names of control in it, those of training if left out: other cells are left
         out.
     library_size_key
-        Column of ``.obs`` with each cell's UMIs over all genes, for gene panels.
+        Column of ``.obs`` with each cell's UMIs over all genes, for gene panels; that of training if left out.
     layer
         Where the counts are; found if left out.
     min_coverage
@@ -227,7 +246,8 @@ def control_cells(
         There is no control cell; the column that training knew perturbations from says that some are none, and
         ``perturbation_key`` is left out; or most genes of the model's panel are not measured.
     ConfigError
-        ``control`` without ``perturbation_key``.
+        ``control`` without ``perturbation_key``; no ``context_key`` for a model of several contexts; or no library
+        sizes where training had them.
     KeyNotFoundError, ScaleError, GeneError
         The data cannot be used.
     """
@@ -259,8 +279,23 @@ def control_cells(
                 expected=f"its control cells; the most frequent labels are {found}",
                 fix="name them with control",
             )
-    known = [context for context in model.contexts if context]
-    context = np.full(source.n_cells, known[0] if len(known) == 1 else "", dtype=object)
+    if context_key is None and len(model.contexts) > 1:
+        raise ConfigError(
+            f"{source.name} without context_key, for a model of {len(model.contexts)} contexts: "
+            + ", ".join(model.contexts[:10]),
+            expected="the column of .obs that says which context every cell is of; a new one may be named",
+            fix="give context_key (--context-key)",
+        )
+    sizes = model.details.get("library_size_key")
+    if library_size_key is None and sizes is not None:
+        if sizes not in source.obs.columns:
+            raise ConfigError(
+                f"{source.name} has no .obs[{sizes!r}], which training took library sizes from",
+                expected="each cell's UMIs over all genes: those of the panel alone would be another scale",
+                fix="name the column that has them (library_size_key, --library-size-key)",
+            )
+        library_size_key = sizes
+    context = np.full(source.n_cells, model.contexts[0], dtype=object)
     if context_key is not None:
         context = column_text(source.column(context_key)).astype(object)
         is_kept &= np.array([not is_missing(text) for text in context.tolist()], dtype=bool)
@@ -284,6 +319,8 @@ def control_cells(
             expected="at least half of them",
             fix="predict from control cells of the training data, or fine-tune on genes that both measure",
         )
+    if context_key is None and _likeness(cells, is_measured, model) < MIN_LIKENESS:
+        context[:] = UNLIKE
     return ControlCells(
         cells,
         context[rows].astype(str),
@@ -291,6 +328,16 @@ def control_cells(
         int(source.n_cells - rows.size),
         source.name,
     )
+
+
+def _likeness(cells: CellCounts, is_measured: NDArray[np.bool_], model: PerturbationModel) -> float:
+    """Return the correlation over genes of mean log1p(CP10K) with the control cells of the model's only context."""
+    is_there = is_measured[model.reader.panel]
+    mean = np.asarray(model.reader.values(cells).mean(axis=0)).ravel()[is_there]
+    other = model.predictor.states[model.contexts[0]].mean[is_there]
+    if mean.std() == 0 or other.std() == 0:
+        return 1.0
+    return float(np.corrcoef(mean, other)[0, 1])
 
 
 def wanted_perturbations(model: PerturbationModel, texts: Sequence[str], kind: Kind | None) -> list[Perturbation]:

@@ -329,6 +329,15 @@ class BasePredictor:
             if effect.perturbation.targets == perturbation.targets and effect.perturbation.kind == perturbation.kind
         ]
 
+    def unseen(self, perturbation: Perturbation) -> list[str]:
+        """Return the targets that no training condition had alone."""
+        return [t for t in perturbation.targets if not self._same(replace(perturbation, targets=(t,)))]
+
+    def n_singles(self, kind: str) -> int:
+        """Return the number of single perturbations of a kind that were measured."""
+        return len({e.perturbation.targets for e in self.effects if len(e.perturbation.targets) == 1
+                    and e.perturbation.kind == kind})  # fmt: skip
+
     # --- prediction ---
 
     def predict(self, perturbation: Perturbation, context: str, state: ContextState | None = None) -> Vector:

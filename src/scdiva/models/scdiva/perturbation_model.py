@@ -43,6 +43,8 @@ _CAUTION = (
     "Human genes only. Predictions are changes of means, extrapolated where perturbation or context is new; the",
     "simple predictors do most of the work, and a mean or additive baseline can be as good: the floor above is theirs.",
 )
+MIN_SINGLES = 3
+"""Fewest single perturbations of training from which an unseen one is predicted."""
 MAX_CELLS = 256
 """Control cells of a context that the network reads for a prediction; of more, evenly spaced ones."""
 
@@ -275,7 +277,7 @@ class PerturbationModel(PretrainedModel):
             raise UnsupportedError(
                 f"{perturbation.name} has {len(perturbation.targets)} targets",
                 expected=f"at most {self.coder.n_places}",
-                fix="fine-tune with --max-targets",
+                fix="fine-tune with larger combinations, or with --set max_targets=N",
             )
 
     @torch.inference_mode()
@@ -305,11 +307,19 @@ class PerturbationModel(PretrainedModel):
         values = self.reader.values(control)
         is_measured = np.asarray(control.is_measured.all(axis=0))[self.reader.panel]
         state = self.reader.state(values, self.base.latent(control), is_measured)
+        question = self.predictor.question(perturbation, context)
+        unseen = [] if question in ("seen", "context") else self.predictor.unseen(perturbation)
+        n_singles = self.predictor.n_singles(perturbation.kind)
+        if unseen and n_singles < MIN_SINGLES:
+            raise UnsupportedError(
+                f"{', '.join(unseen)} was never perturbed in training, which has {n_singles} single perturbations",
+                expected=f"at least {MIN_SINGLES} to learn from what they do to what another would do",
+                fix="ask for what was perturbed, or fine-tune with more perturbations",
+            )
         base = self.predictor.predict(perturbation, context, state)
         corrections = self._corrections(perturbation, control, context, state, base)
         change = base + corrections.mean(axis=(0, 1)) if corrections.size else base
         n_genes = self.vocabulary.n_genes
-        question = self.predictor.question(perturbation, context)
 
         def spread_out(values_P: NDArray[np.floating]) -> NDArray[np.float32]:
             whole = np.full(n_genes, np.nan, dtype=np.float32)
@@ -321,15 +331,25 @@ class PerturbationModel(PretrainedModel):
             change=spread_out(change),
             base=spread_out(base),
             control_mean=spread_out(np.where(is_measured, state.mean, np.nan)),
-            error=spread_out(
-                self.predictor.sampling_error(perturbation, context)
-                if question == "seen"
-                else self.expected_error.of(question, change)
-            ),
+            error=spread_out(self._error(perturbation, context, question, change, len(unseen))),
             spread_cells=spread_out(corrections.mean(axis=0).std(axis=0) if corrections.size else nothing),
             spread_seeds=spread_out(corrections.mean(axis=1).std(axis=0) if corrections.size else nothing),
             question=question,
         )
+
+    def _error(
+        self, perturbation: Perturbation, context: str, question: Question, change: NDArray[np.float64], n_unseen: int
+    ) -> NDArray[np.float64]:
+        """Return the expected error of each gene, ``(P,)``.
+
+        Combinations that were left out had parts that were seen; each that was not adds the error of a single one.
+        """
+        if question == "seen":
+            return self.predictor.sampling_error(perturbation, context)
+        error = self.expected_error.of(question, change)
+        if question == "combination" and n_unseen:
+            error = np.sqrt(error**2 + n_unseen * self.expected_error.of("single", change) ** 2)
+        return error
 
     def _corrections(
         self,
