@@ -39,7 +39,7 @@ evaluate kang_author $KANG --seeds "$SEEDS" --filter "cell_type_source=Seurat an
 # knock-outs one at a time; in five folds also with the network
 PAPALEXI="$DATA/perturb_papalexi_eccite303.h5ad --batch-key batch --library-size-key n_umis_full --min-coverage 0"
 evaluate papalexi $PAPALEXI --split unseen_single --folds 0 $SINGLE --seeds "$SEEDS"
-evaluate papalexi_network $PAPALEXI --split unseen_single --folds 5 --methods scdiva --methods scdiva_simple --seeds 1
+evaluate papalexi_network $PAPALEXI --split unseen_single --folds 5 --methods scdiva $SINGLE --seeds 1
 GASPERINI="$DATA/perturb_gasperini_k562_tss366.h5ad --exclude enhancer_only --batch-key batch --min-coverage 0"
 evaluate gasperini $GASPERINI --split unseen_single --folds 0 $SINGLE --seeds "$SEEDS"
 evaluate gasperini_seen $GASPERINI --split seen --methods scdiva_simple --methods no_change --methods additive \

@@ -71,15 +71,10 @@ def main() -> None:
     arguments = parser.parse_args()
     parts = []
     for folder, title in SETS.items():
-        file = arguments.results / folder / "report.json"
-        if file.exists():
-            parts += [f"## {title}", "", tables(json.loads(file.read_text(encoding="utf-8")))]
-    simulated = arguments.results / "simulated" / "report.md"
-    if simulated.exists():
-        text = (
-            simulated.read_text(encoding="utf-8").replace("\n## ", "\n### ").replace("# Simulated", "## Simulated", 1)
-        )
-        parts.append(text)
+        text = (arguments.results / folder / "report.json").read_text(encoding="utf-8")
+        parts += [f"## {title}", "", tables(json.loads(text))]
+    simulated = (arguments.results / "simulated" / "report.md").read_text(encoding="utf-8")
+    parts.append(simulated.replace("\n## ", "\n### ").replace("# Simulated", "## Simulated", 1))
     write_page(arguments.page, "Effects of perturbations", "\n".join(parts))
     print(arguments.page)
 
