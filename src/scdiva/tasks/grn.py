@@ -530,8 +530,8 @@ def grn(
     Raises
     ------
     ConfigError, GeneError, UnsupportedError, UntrainedHeadError
-        See :func:`grn_cells`; or ``n_top`` is not positive, no group has enough cells, none has a regulator in enough of
-        them, or no pair has a score.
+        See :func:`grn_cells`; or ``n_top`` is not positive, no group has enough cells, none has a regulator in enough
+        of them, or no pair has a score.
     KeyNotFoundError
         There is no such column.
     """
@@ -547,11 +547,11 @@ def grn(
     if group_key is not None:
         text = column_text(reader.source.column(group_key))
         rows = {str(group): np.flatnonzero(text == group) for group in np.unique(text) if group}
-        n_without = np.count_nonzero(text == "")
+        n_without = int(np.count_nonzero(text == ""))
     left_out = {name: f"{found.size} cells" for name, found in rows.items() if found.size < options.min_cells}
     if len(left_out) == len(rows):
         raise ConfigError(
-            f"no group of .obs[{group_key!r}] has {options.min_cells} cells: {_named(left_out) or 'no cell has a value'}"
+            f"no group of .obs[{group_key!r}] has {options.min_cells} cells: {_named(left_out) or 'there is none'}"
             if group_key
             else f"{len(reader)} cells in {reader.source.name}",
             expected=f"at least {options.min_cells} cells",
