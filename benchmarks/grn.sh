@@ -48,4 +48,9 @@ evaluate breast_immune_spectra_1k_knockout "$DATA/breast_immune_spectra_1k.h5ad"
 "${PYTHON:-python}" "$HERE/grn_variants.py" "$TRUTHS" "$OUT/grn_variants.md" "$DATA" pbmc=$(echo $PBMC | tr ' ' ,) \
     breast="$DATA/breast_immune_spectra_1k.h5ad"
 # shellcheck disable=SC2086
+"${PYTHON:-python}" "$HERE/grn_popularity.py" "$TRUTHS" pbmc=$(echo $PBMC | tr ' ' ,) \
+    breast_immune_spectra_1k="$DATA/breast_immune_spectra_1k.h5ad" \
+    pbmc4k_soupx_1.1k="$DATA/pbmc4k_soupx_1.1k.h5ad" pancreas_baron_h1="$DATA/pancreas_baron_h1.h5ad" \
+    >"$OUT/grn_popularity.md"
+# shellcheck disable=SC2086
 "${PYTHON:-python}" "$HERE/grn_spi1.py" "$TRUTHS/grn_SPI1_targets.tsv" "$OUT" $PBMC

@@ -201,6 +201,12 @@ def main() -> None:
         "regulators. Method and threshold were chosen on the first set; the others confirm. Made by "
         "`benchmarks/grn_variants.py`.",
         "",
+        "Unlike in `scdiva evaluate grn`, a gene's response to itself is among those that a regulator's "
+        "responses are standardised by: spreads are a little larger, so that fewer edges reach a threshold "
+        "for signs, and figures differ a little from those in [results](grn.md#signs), with the same cells "
+        'and candidates. "Size of the target\'s responses alone" holds it, too, and so says which genes are '
+        "regulators; without it: [popularity alone](grn.md#popularity-alone).",
+        "",
     ]
     signs = [
         "## When to tell a sign",

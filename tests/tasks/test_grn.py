@@ -141,12 +141,50 @@ class TestInAnnData:
         assert edges["group"].unique().tolist() == ["a", "b"]
         assert "sign" not in edges
         assert "1 groups left out: c (2 cells)" in caplog.text
+        assert "3 cells without a value in .obs['kind'] left out" in caplog.text
+        record = adata.uns["scdiva"]["grn"]["scdiva_grn"]
+        assert record["groups_left_out"] == ["c: 2 cells"]
+        assert record["cells_without_group"] == 3
         alone = sd.tl.grn(adata[:60].copy(), tiny_trunk_model, regulators=names, method="gene_embedding", copy=True)
         part = edges[edges["group"] == "a"].drop(columns="group").reset_index(drop=True)
         alone_edges = alone.uns["scdiva_grn"]["edges"].drop(columns="group").reset_index(drop=True)
         pd.testing.assert_frame_equal(part, alone_edges)
         with pytest.raises(ConfigError, match="varp"):
             sd.tl.grn(adata, tiny_trunk_model, regulators=names, group_key="kind", varp=True)
+
+    def test_a_group_without_the_gene_is_left_out_and_named(self, adata, names, tiny_trunk_model, caplog):
+        adata.obs["kind"] = ["a"] * 60 + ["b"] * 60
+        counts = adata.X.tolil()
+        counts[60:, adata.var_names.get_loc(names[0])] = 0
+        adata.X = counts.tocsr()
+        sd.tl.grn(adata, tiny_trunk_model, regulators=names[:1], group_key="kind", method="gene_embedding")
+        reason = f"none of 1 regulators is expressed in 20 of 60 cells: {names[0]} (expressed in 0 cells)"
+        assert f"1 groups left out: b ({reason})" in caplog.text
+        record = adata.uns["scdiva"]["grn"]["scdiva_grn"]
+        assert record["groups"] == ["a"]
+        assert record["groups_left_out"] == [f"b: {reason}"]
+        only_b = adata[60:].copy()
+        with pytest.raises(GeneError, match=r"no group of .obs\['kind'\] has a network: b \(none of 1 regulators"):
+            sd.tl.grn(only_b, tiny_trunk_model, regulators=names[:1], group_key="kind", method="gene_embedding")
+        only_b.obs["kind"] = ["b"] * 10 + [None] * 50
+        with pytest.raises(ConfigError, match=r"no group of .obs\['kind'\] has 20 cells: b \(10 cells\)"):
+            sd.tl.grn(only_b, tiny_trunk_model, group_key="kind")
+
+    def test_pairs_in_too_few_cells_are_told(self, adata, names, tiny_trunk_model, caplog):
+        few = GrnOptions(max_cells=10)
+        with pytest.raises(GeneError, match="attention gives no pair of genes a score in 10 cells"):
+            sd.tl.grn(adata, tiny_trunk_model, regulators=names, method="attention", options=few)
+        assert not set(adata.uns) & {"scdiva", "scdiva_grn"}
+        counts = adata.X.tolil()
+        column = adata.var_names.get_loc(names[0])
+        counts[:, column] = 0
+        counts[:25, column] = 1
+        counts[:25, [i for i in range(adata.n_vars) if i != column]] = 0
+        counts[:25, adata.var_names.get_loc(names[1])] = [[1], *[[0]] * 24]
+        adata.X = counts.tocsr()
+        sd.tl.grn(adata, tiny_trunk_model, regulators=names, method="attention")
+        assert names[0] not in set(adata.uns["scdiva_grn"]["edges"]["source"])
+        assert f"1 regulators left out: {names[0]} (no pair with a score)" in caplog.text
 
     def test_the_order_of_genes_in_the_file_has_no_say(self, adata, names, tiny_trunk_model):
         sd.tl.grn(adata, tiny_trunk_model, regulators=names, varp=True)
@@ -208,6 +246,21 @@ class TestFiles:
             result = cli("grn", h5ad, tmp_path / out, "--model", "nomodel")
             assert result.code == 2
             assert "nomodel" not in result.err
+        assert ".h5ad, .zarr, .tsv, .csv, .gmt" in cli("grn", h5ad, tmp_path / "edges.txt").err
+        for out in ("edges.tsv", "edges.csv", "edges.gmt"):
+            result = cli("grn", h5ad, tmp_path / out, "--model", "nomodel", "--varp")
+            assert result.code == 2
+            assert "no .varp" in result.err
+
+    def test_cells_without_a_group_are_told(self, cli, h5ad, adata, names, tiny_trunk_model, tmp_path, caplog):
+        adata.obs["kind"] = ["a"] * 100 + [None] * 20
+        adata.write_h5ad(h5ad)
+        tiny_trunk_model.save_pretrained(tmp_path / "model")
+        arguments = ("--tf", names[0], "--model", tmp_path / "model", "--method", "gene_embedding")
+        result = cli("grn", h5ad, tmp_path / "out.h5ad", *arguments, "--group-key", "kind")
+        assert result.code == 0, result.err
+        assert "20 cells without a value in .obs['kind'] left out" in caplog.text
+        assert ad.read_h5ad(tmp_path / "out.h5ad").uns["scdiva"]["grn"]["scdiva_grn"]["cells_without_group"] == 20
 
 
 def test_regulons_split_targets_by_sign():

@@ -48,7 +48,7 @@ def grn(
     max_cells: Annotated[
         int | None, typer.Option("--max-cells", help="Cells that are read: of a group, or of each knocked-out gene.")
     ] = None,
-    varp: Annotated[bool, typer.Option("--varp", help="Also write the kept edges as .varp.")] = False,
+    varp: Annotated[bool, typer.Option("--varp", help="Also write the kept edges as .varp (.h5ad or .zarr).")] = False,
     model: ModelOption = DEFAULT_MODEL,
     layer: LayerOption = None,
     key_added: Annotated[str, typer.Option("--key-added", help="Slot in .uns and .varp.")] = "scdiva_grn",
@@ -63,7 +63,7 @@ def grn(
     from scdiva.tasks.grn import METHODS
     from scdiva.tl.networks import GrnOptions, check_grn_output, grn_file
 
-    check_grn_output(out, overwrite=overwrite)
+    check_grn_output(out, overwrite=overwrite, varp=varp)
     n_cells = open_source(file).n_cells
     loaded = ScDiVa.from_pretrained(model, device=device)
     started = time.perf_counter()

@@ -518,7 +518,8 @@ def grn(
     model, method, regulators, options, on_cells
         As for :func:`grn_cells`.
     group_key
-        Column of ``.obs``; cells without a value are left out.
+        Column of ``.obs``. Cells without a value are left out and counted; so are groups of which nothing can be said
+        (too few cells, no regulator in enough of them, no pair with a score), with the reason.
     n_top
         Targets of each regulator in ``edges``.
 
@@ -529,7 +530,8 @@ def grn(
     Raises
     ------
     ConfigError, GeneError, UnsupportedError, UntrainedHeadError
-        See :func:`grn_cells`; or ``n_top`` is not positive, or no group has enough cells.
+        See :func:`grn_cells`; or ``n_top`` is not positive, no group has enough cells, none has a regulator in enough
+        of them, or no pair has a score.
     KeyNotFoundError
         There is no such column.
     """
@@ -541,14 +543,15 @@ def grn(
     names = [regulators] if isinstance(regulators, str) else regulators
     if names is not None:
         model.vocabulary.find(names)  # an unknown name is an error before anything is read
-    rows = {"": np.arange(len(reader))}
+    rows, n_without = {"": np.arange(len(reader))}, 0
     if group_key is not None:
         text = column_text(reader.source.column(group_key))
         rows = {str(group): np.flatnonzero(text == group) for group in np.unique(text) if group}
-    small = {name: found.size for name, found in rows.items() if found.size < options.min_cells}
-    if len(small) == len(rows):
+        n_without = int(np.count_nonzero(text == ""))
+    left_out = {name: f"{found.size} cells" for name, found in rows.items() if found.size < options.min_cells}
+    if len(left_out) == len(rows):
         raise ConfigError(
-            f"no group of .obs[{group_key!r}] has {options.min_cells} cells"
+            f"no group of .obs[{group_key!r}] has {options.min_cells} cells: {_named(left_out) or 'there is none'}"
             if group_key
             else f"{len(reader)} cells in {reader.source.name}",
             expected=f"at least {options.min_cells} cells",
@@ -556,14 +559,12 @@ def grn(
         )
     networks, omitted, done = [], {}, 0
     for name, found in rows.items():
-        if name in small:
+        if name in left_out:
             continue
         cells = reader.read(found)
-        chosen = choose_genes(cells, model.vocabulary, names, options.min_cells)
-        if names is not None:
-            omitted.update({_in_group(gene, name): reason for gene, reason in chosen.omitted.items()})
-        networks.append(
-            infer(
+        try:
+            chosen = choose_genes(cells, model.vocabulary, names, options.min_cells)
+            network = infer(
                 cells,
                 model,
                 chosen,
@@ -572,14 +573,29 @@ def grn(
                 group=name,
                 on_cells=None if on_cells is None else _after(done, on_cells),
             )
-        )
+            unscored = _unscored(network, options)
+        except GeneError as error:
+            if group_key is None:
+                raise
+            left_out[name] = error.found
+            continue
         done += found.size
+        networks.append(network)
+        if names is not None:
+            omitted.update({_in_group(gene, name): why for gene, why in {**chosen.omitted, **unscored}.items()})
+    if not networks:
+        raise GeneError(
+            f"no group of .obs[{group_key!r}] has a network: {_named(left_out)}",
+            expected=f"a group with a regulator in {options.min_cells} cells, and pairs that have a score",
+            fix="name other regulators, lower min_cells, or leave group_key out",
+        )
     for warning in reader_warnings(reader, model):
         log.warning("%s: %s", reader.source.name, warning)
-    for what, left_out in (("regulators", omitted), ("groups", {k: f"{n} cells" for k, n in small.items()})):
-        if left_out:
-            shown = ", ".join(f"{name} ({reason})" for name, reason in list(left_out.items())[:10])
-            log.warning("%s: %d %s left out: %s", reader.source.name, len(left_out), what, shown)
+    for what, reasons in (("regulators", omitted), ("groups", left_out)):
+        if reasons:
+            log.warning("%s: %d %s left out: %s", reader.source.name, len(reasons), what, _named(reasons))
+    if n_without:
+        log.warning("%s: %d cells without a value in .obs[%r] left out", reader.source.name, n_without, group_key)
     record = {
         **model.provenance,
         "method": method,
@@ -588,7 +604,8 @@ def grn(
         "normalisation": [network.normalisation for network in networks],
         "regulators": "human transcription factors (Lambert et al. 2018)" if names is None else list(names),
         "regulators_left_out": [f"{name}: {reason}" for name, reason in omitted.items()],
-        "groups_left_out": [f"{name}: {n} cells" for name, n in small.items()],
+        "groups_left_out": [f"{name}: {reason}" for name, reason in left_out.items()],
+        "cells_without_group": n_without,
         "group_key": group_key or "",
         "groups": [network.group for network in networks],
         "n_cells": [network.n_cells for network in networks],
@@ -601,6 +618,28 @@ def grn(
         "genes": reader.alignment.counts(),
     }
     return Grn(tuple(networks), edge_table(networks, n_top), record)
+
+
+def _unscored(network: GeneNetwork, options: GrnOptions) -> dict[str, str]:
+    """Return the regulators that have a score with no target, and why.
+
+    Raises
+    ------
+    GeneError
+        That are all of them.
+    """
+    has_score_R = np.isfinite(network.score).any(axis=1)
+    if not has_score_R.any():
+        raise GeneError(
+            f"{network.method} gives no pair of genes a score in {network.n_cells:,} cells",
+            expected=f"pairs that {options.min_cells} of these cells express, for attention both genes in one cell",
+            fix="leave max_cells out or raise it, give more cells, lower min_cells, or name other regulators",
+        )
+    return {str(name): "no pair with a score" for name in network.regulators[~has_score_R]}
+
+
+def _named(reasons: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({reason})" for name, reason in list(reasons.items())[:10])
 
 
 def _in_group(gene: str, group: str) -> str:

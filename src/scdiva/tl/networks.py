@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from scdiva.models.scdiva import ScDiVa
 
+_ANNDATA_SUFFIXES = (".h5ad", ".zarr")
+
 
 def grn(
     adata: AnnData,
@@ -57,7 +59,8 @@ def grn(
         Symbols or Ensembl ids of any genes; None: all human transcription factors (Lambert et al. 2018) that enough
         cells express. Those named here that too few cells express are left out, with a warning.
     group_key
-        Column of ``.obs``: a network for each group.
+        Column of ``.obs``: a network for each group. Cells without a value, and groups of which nothing can be said
+        (too few cells, no regulator in enough of them, no pair with a score), are left out with a warning.
     layer
         Layer with the counts; ``"raw"`` for ``adata.raw``.
     key_added
@@ -81,7 +84,8 @@ def grn(
         ``.uns[key_added]["edges"]``: DataFrame with ``group``, ``source``, ``target``, ``score`` and, for methods with
         signs, ``sign``, the best first; ``["targets"]``: all genes that could have had an edge. ``.varp[key_added]`` if
         asked for. ``.uns["scdiva"]["grn"][key_added]``:
-        method, whether directed and signed, what a score means, cells, regulators left out, model, version.
+        method, whether directed and signed, what a score means, cells; regulators, groups and cells left out; model,
+        version.
 
     Raises
     ------
@@ -141,11 +145,12 @@ def grn_file(
     Raises
     ------
     OutputError
-        The output exists, has another suffix, or its folder does not exist; raised before any work is done.
+        The output exists, has another suffix, or its folder does not exist, or ``varp`` with an output that holds edges
+        alone; raised before any work is done.
     """
     check_key(key_added)
     target = Path(path_out)
-    check_grn_output(target, overwrite=overwrite)
+    check_grn_output(target, overwrite=overwrite, varp=varp)
     check_recorded_in(Path(path_in))
     reader = _open(path_in, model, layer, min_coverage, library_size_key)
     _check_varp(varp, reader, group_key)
@@ -174,17 +179,29 @@ def _slot(found: Grn) -> dict[str, Any]:
     return {"edges": found.edges, "targets": targets.astype(object)}
 
 
-def check_grn_output(path: Path, *, overwrite: bool) -> None:
+def check_grn_output(path: Path, *, overwrite: bool, varp: bool = False) -> None:
     """Refuse an output before any work is done.
 
     Raises
     ------
     OutputError
-        It exists, has another suffix, or its folder does not exist.
+        It exists, has another suffix, or its folder does not exist, or it holds edges alone and ``varp`` is asked for.
     """
-    if path.suffix not in EDGE_SUFFIXES:
+    if path.suffix in _ANNDATA_SUFFIXES:
         check_output(path, overwrite=overwrite)
         return
+    if path.suffix not in EDGE_SUFFIXES:
+        raise OutputError(
+            f"output {path.name!r}",
+            expected=f"a name ending in {', '.join((*_ANNDATA_SUFFIXES, *EDGE_SUFFIXES))}",
+            fix="rename it",
+        )
+    if varp:
+        raise OutputError(
+            f"output {path.name!r} holds edges alone, no .varp",
+            expected=f"a name ending in {' or '.join(_ANNDATA_SUFFIXES)}",
+            fix="rename it, or leave varp out",
+        )
     if not path.parent.is_dir():
         raise OutputError(f"the folder {path.parent} does not exist", expected="a folder", fix="create it first")
     if path.is_dir() or (path.exists() and not overwrite):
