@@ -340,7 +340,7 @@ def _likeness(cells: CellCounts, is_measured: NDArray[np.bool_], model: Perturba
     return float(np.corrcoef(mean, other)[0, 1])
 
 
-def wanted_perturbations(model: PerturbationModel, texts: Sequence[str], kind: Kind | None) -> list[Perturbation]:
+def wanted_perturbations(model: PerturbationModel, texts: str | Sequence[str], kind: Kind | None) -> list[Perturbation]:
     """Read what is asked for: ``"STAT1"``, ``"A+B"``, ``"drug@2.5"``; what is asked for twice is there once.
 
     Parameters
@@ -348,7 +348,7 @@ def wanted_perturbations(model: PerturbationModel, texts: Sequence[str], kind: K
     model
         What was seen in training says what a name means.
     texts
-        Names.
+        Names; a single text is one.
     kind
         What is done; that of training if left out.
 
@@ -359,6 +359,7 @@ def wanted_perturbations(model: PerturbationModel, texts: Sequence[str], kind: K
     UnsupportedError
         Something cannot be answered; says why.
     """
+    texts = [texts] if isinstance(texts, str) else list(texts)
     kinds = sorted({p.kind for p in model.perturbations})
     if kind is None and len(kinds) > 1:
         raise ConfigError(

@@ -73,8 +73,7 @@ def perturb(
     SourceError, KeyNotFoundError, ScaleError, GeneError, ConfigError
         The cells cannot be used.
     """
-    texts = [perturbation] if isinstance(perturbation, str) else list(perturbation)
-    wanted = wanted_perturbations(model, texts, kind)
+    wanted = wanted_perturbations(model, perturbation, kind)
     cells = control_cells(
         adata,
         model,
@@ -127,8 +126,7 @@ def perturb_cells(
     SourceError, KeyNotFoundError, ScaleError, GeneError, ConfigError
         The cells cannot be used.
     """
-    texts = [perturbation] if isinstance(perturbation, str) else list(perturbation)
-    wanted = wanted_perturbations(model, texts, kind)
+    wanted = wanted_perturbations(model, perturbation, kind)
     cells = control_cells(
         adata,
         model,
